@@ -1,0 +1,64 @@
+"""The two-layer MLP expert."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from modmoe.experts.base import Expert, ExpertOps
+from modmoe.growable import Init, RowSpec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+}
+
+
+class MLPExpert(Expert):
+    """act(x W_in + b_in) W_out + b_out.
+
+    Args:
+        in_features: D.
+        hidden_features: H; may differ between cohorts (``pool.add_experts(hidden_features=64)``).
+        out_features: None for D.
+        activation: one of "gelu", "relu", "silu", "tanh".
+    Raises:
+        ValueError: on a size below 1 or an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        activation: str = "gelu",
+    ):
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.out_features = in_features if out_features is None else out_features
+        if min(self.in_features, self.hidden_features, self.out_features) < 1:
+            raise ValueError(f"every size of an expert must be at least 1: {self}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation '{activation}', choose one of {sorted(ACTIVATIONS)}")
+        self.activation = activation
+
+    def __repr__(self) -> str:
+        return f"MLPExpert({self.in_features}, {self.hidden_features}, {self.out_features})"
+
+    def sizes(self) -> dict[str, int]:
+        return {"hidden_features": self.hidden_features}
+
+    def row_specs(self) -> dict[str, RowSpec]:
+        fan_in, fan_hidden = Init("uniform", self.in_features), Init("uniform", "hidden_features")
+        return {
+            "w_in": RowSpec((self.in_features, "hidden_features"), fan_in),
+            "b_in": RowSpec(("hidden_features",), fan_in),
+            "w_out": RowSpec(("hidden_features", self.out_features), fan_hidden),
+            "b_out": RowSpec((self.out_features,), fan_hidden),
+        }
+
+    def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
+        hidden = ACTIVATIONS[self.activation](ops.linear(x, "w_in", "b_in"))
+        return ops.linear(hidden, "w_out", "b_out")

@@ -1,0 +1,90 @@
+"""Routing + groups of experts + x -> y, by a backend."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from modmoe.experts.base import Expert
+from modmoe.kernels.batched import run_bmm, run_dense
+from modmoe.kernels.grouped import run_grouped
+from modmoe.kernels.reference import run_reference
+from modmoe.pool import Group
+from modmoe.routing import Routing
+
+Backend = Literal["auto", "reference", "dense", "bmm", "grouped"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# Below these, computing everything beats moving tokens (measured, fp32 CPU).
+DENSE_MAX_EXPERTS = 4
+DENSE_MAX_TOKENS = 64
+
+
+def choose_backend(num_experts: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What ``auto`` takes for one group of experts; it depends on sizes only, so a compiled choice is static."""
+    if dtype == torch.float64:  # grouped_mm does not take it; the loop's nonzero would break a compiled graph
+        return "dense" if torch.compiler.is_compiling() else "reference"
+    if device.type == "cpu" and num_experts <= DENSE_MAX_EXPERTS and num_tokens <= DENSE_MAX_TOKENS:
+        return "dense"
+    return "grouped"
+
+
+def compute_assignments(
+    groups: Sequence[Group], expert: Expert, x: Tensor, routing: Routing, backend: str = "auto"
+) -> Tensor:
+    """The output of every assignment's expert, not yet weighted.
+
+    Args:
+        groups: the pool's experts; each expert stands in exactly one group.
+        expert: their kind.
+        x: (T, D) tokens.
+        routing: flat triples.
+        backend: one of ``BACKENDS``.
+    Returns:
+        (N, D_out); zero for dropped assignments.
+    """
+    parts = []
+    for group in groups:
+        token, local = routing.token_index, _local_index(routing, group)
+        part = None
+        eager = not torch.compiler.is_compiling()
+        partial = len(groups) > 1 or routing.has_drops
+        if (
+            partial and eager
+        ):  # only this group's assignments; a compiled graph needs static sizes and keeps all
+            part = (local >= 0).nonzero().squeeze(1)
+            token, local = token.index_select(0, part), local.index_select(0, part)
+        name = backend if backend != "auto" else choose_backend(len(group.ids), len(token), x.dtype, x.device)
+        if name == "dense":
+            y = run_dense(expert, group.tensors, x, token, local)
+        else:
+            run = {"reference": run_reference, "bmm": run_bmm, "grouped": run_grouped}[name]
+            y = run(expert, group.tensors, x.index_select(0, token), local)
+        parts.append((part, y))
+    first_part, first = parts[0]
+    if first_part is None:
+        return sum((y for _, y in parts[1:]), first)
+    outputs = first.new_zeros(routing.token_index.shape[0], first.shape[1])
+    return outputs.index_copy(0, torch.cat([part for part, _ in parts]), torch.cat([y for _, y in parts]))
+
+
+def combine(outputs: Tensor, routing: Routing) -> Tensor:
+    """Weighted sum over each token's assignments: (N, D_out) -> (T, D_out)."""
+    weighted = outputs * routing.weight.to(outputs.dtype).unsqueeze(1)
+    if routing.top_k is not None:
+        return weighted.view(routing.num_tokens, routing.top_k, -1).sum(1)
+    return weighted.new_zeros(routing.num_tokens, weighted.shape[1]).index_add(
+        0, routing.token_index, weighted
+    )
+
+
+def _local_index(routing: Routing, group: Group) -> Tensor:
+    """(N,) position of each assignment's expert within the group, -1 where it is not in the group."""
+    table = [-1] * (routing.num_experts + 1)  # the last entry answers for -1, dropped
+    for index, position in enumerate(group.positions):
+        table[position] = index
+    device = routing.expert_index.device
+    return torch.tensor(table, device=device).index_select(
+        0, routing.expert_index % (routing.num_experts + 1)
+    )

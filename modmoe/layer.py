@@ -1,0 +1,254 @@
+"""The mixture-of-experts layer: a pool, a router, and a backend."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modmoe.gating.base import Router
+from modmoe.gating.density import DensityRouter
+from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
+from modmoe.pool import ExpertPool, Task
+from modmoe.routing import Routing
+
+
+class MoELayer(nn.Module):
+    """y_t = sum_e w_te f_e(x_t), over the experts e that the router chooses for token t.
+
+    Args:
+        pool: the experts. Several layers may stand on one pool; each has its own gate rows.
+        router: scores and selects.
+        shared_expert: a module that every token passes through besides; its output is added.
+        backend: "auto", or one of "reference", "dense", "bmm", "grouped".
+        namespace: the name of the gate rows on the pool; None for "gate", "gate_2", ...
+    Raises:
+        ValueError: on an unknown backend, a router whose size is not the experts', or a top_k above the pool's size.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        router: Router,
+        shared_expert: nn.Module | None = None,
+        backend: Backend = "auto",
+        namespace: str | None = None,
+    ):
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend '{backend}', choose one of {BACKENDS}")
+        if router.in_features != pool.expert.in_features:
+            raise ValueError(
+                f"the router takes {router.in_features} features, the experts take {pool.expert.in_features}"
+            )
+        router.check_pool(pool.num_experts)
+        self.pool = pool
+        self.router = router
+        self.shared_expert = shared_expert
+        self.backend = backend
+        if namespace is None:
+            taken = sum(name == "gate" or name.startswith("gate_") for name in pool.namespaces)
+            namespace = f"gate_{taken + 1}" if taken else "gate"
+        self.namespace = namespace
+        pool.declare(namespace, router.row_specs(), preserving=router.preserving_growth)
+        self._routing: Routing | None = None
+
+    # -- computing ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        expert_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Route and compute.
+
+        Args:
+            x: (..., D).
+            mask: (...) bool, True for real tokens; the output of the others is zero, and they load no expert.
+            task_ids: one task for all of x, or one for each entry of x's first axis (a sequence of str or int, or an
+                int tensor), or an int tensor (...). Tokens of a task use its experts and those without a task only.
+            top_k: overrides the router's k in this call.
+            expert_mask: (E,) or (..., E) bool, the experts that may be used, in the order of ``pool.ids``.
+        Returns:
+            (..., D_out) with x's dtype (under autocast: the autocast dtype).
+        Raises:
+            ValueError: on a wrong shape, k or task, or where every expert is masked for a token.
+            NonFiniteError: on a non-finite input or score.
+        """
+        routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask)
+        y = combine(self.compute(x, routing), routing).view(*x.shape[:-1], -1)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            y = y + (
+                shared if mask is None else torch.where(mask.unsqueeze(-1), shared, torch.zeros_like(shared))
+            )
+        return y
+
+    def route(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        expert_mask: Tensor | None = None,
+    ) -> Routing:
+        """What the router decides for x, without computing; arguments as in :meth:`forward`."""
+        if x.dim() < 1 or x.shape[-1] != self.router.in_features:
+            raise ValueError(f"x of shape (..., {self.router.in_features}) is needed, got {tuple(x.shape)}")
+        shape = x.shape[:-1]
+        if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+            raise ValueError(
+                f"a bool mask of shape {tuple(shape)} is needed, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        open_experts = self._open_experts(x, task_ids, expert_mask)
+        flat = x.reshape(-1, x.shape[-1])
+        flat_mask = None if mask is None else mask.reshape(-1)
+        if flat_mask is not None:
+            flat = torch.where(flat_mask.unsqueeze(1), flat, torch.zeros_like(flat))
+        rows = self.pool.namespace(self.namespace)
+        routing = self.router(flat, rows, mask=flat_mask, open_experts=open_experts, top_k=top_k)
+        self._keep(routing)
+        return routing
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped."""
+        flat = x.reshape(-1, x.shape[-1])
+        if routing.mask is not None:
+            flat = torch.where(routing.mask.unsqueeze(1), flat, torch.zeros_like(flat))
+        groups = self.pool.groups()
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            flat = flat.to(dtype)
+            groups = [group.to(dtype) for group in groups]
+        dtype = next(iter(groups[0].tensors.values())).dtype
+        if flat.dtype != dtype:
+            raise ValueError(f"x has dtype {flat.dtype}, the experts have {dtype}: convert one of them")
+        return compute_assignments(groups, self.pool.expert, flat, routing, self.backend)
+
+    def _open_experts(
+        self, x: Tensor, task_ids: Task | Sequence[Task] | Tensor | None, expert_mask: Tensor | None
+    ) -> Tensor | None:
+        """(E,) or (T, E) bool from the task and the explicit mask; None for all."""
+        num_experts, shape = self.pool.num_experts, x.shape[:-1]
+        open_experts = None
+        if expert_mask is not None:
+            if expert_mask.dtype != torch.bool or expert_mask.shape not in (
+                (num_experts,),
+                (*shape, num_experts),
+            ):
+                raise ValueError(
+                    f"a bool expert_mask of shape ({num_experts},) or {(*shape, num_experts)} is needed, "
+                    f"got {expert_mask.dtype} {tuple(expert_mask.shape)}"
+                )
+            open_experts = expert_mask if expert_mask.dim() == 1 else expert_mask.reshape(-1, num_experts)
+        if task_ids is not None:
+            by_task = self._task_mask(task_ids, shape, x.device)
+            open_experts = by_task if open_experts is None else by_task & open_experts
+        return open_experts
+
+    def _task_mask(
+        self, task_ids: Task | Sequence[Task] | Tensor, shape: torch.Size, device: torch.device
+    ) -> Tensor:
+        if isinstance(task_ids, Tensor) and task_ids.dim() == 0:
+            task_ids = int(task_ids)
+        owners = self.pool.tasks()
+        if isinstance(task_ids, Task):
+            self._check_tasks([task_ids])
+            return torch.tensor([owner is None or owner == task_ids for owner in owners], device=device)
+        labels = task_ids.reshape(-1).tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+        num_tokens, num_entries = shape.numel(), shape[0] if shape else 1
+        if len(labels) not in (num_entries, num_tokens):
+            raise ValueError(f"{len(labels)} task ids for {num_entries} entries ({num_tokens} tokens)")
+        known = list(dict.fromkeys(labels))
+        self._check_tasks(known)
+        table = torch.tensor([[o is None or o == task for o in owners] for task in known], device=device)
+        index = torch.tensor([known.index(label) for label in labels], dtype=torch.int64, device=device)
+        if len(labels) < num_tokens:
+            index = index.repeat_interleave(num_tokens // num_entries)
+        return table.view(-1, len(owners)).index_select(0, index)
+
+    def _check_tasks(self, tasks: Sequence[Task]) -> None:
+        owners = self.pool.tasks()
+        if None in owners:
+            return  # experts without a task serve any task
+        unknown = [task for task in tasks if task not in owners]
+        if unknown:
+            raise ValueError(
+                f"no expert belongs to task {unknown}, the pool has {list(dict.fromkeys(owners))}"
+            )
+
+    # -- the last routing -----------------------------------------------------------------------------------------------
+
+    @property
+    def routing(self) -> Routing | None:
+        """The last Routing; with its graph until the backward pass reaches the router, detached after it."""
+        return self._routing
+
+    def _keep(self, routing: Routing) -> None:
+        self._routing = routing
+        if torch.compiler.is_compiling() or not routing.logits.requires_grad:
+            return
+        layer = weakref.ref(self)
+
+        def release(_grad: Tensor) -> None:
+            owner = layer()
+            if owner is not None and owner._routing is routing_ref():
+                owner._routing = owner._routing.detach() if owner._routing is not None else None
+
+        routing_ref = weakref.ref(routing)
+        routing.logits.register_hook(release)
+
+    def __getstate__(self) -> dict:
+        # tensors with a graph cannot be copied, and a checkpoint has no use for the last batch
+        return {**self.__dict__, "_routing": None}
+
+    # -- growing -----------------------------------------------------------------------------------------------------
+
+    def add_experts(
+        self,
+        n: int = 1,
+        init: Literal["fresh", "copy"] = "fresh",
+        task: Task | None = None,
+        source: int | None = None,
+        **sizes: int,
+    ) -> list[int]:
+        """Add experts with all their rows; see :meth:`modmoe.ExpertPool.add_experts`. Returns the new stable ids."""
+        return self.pool.add_experts(n, init=init, task=task, source=source, **sizes)
+
+    def freeze(self, ids: Sequence[int] | None = None) -> None:
+        """Freeze experts; without ids all of them, and the parts of the router and shared expert that all share."""
+        self.pool.freeze(ids)
+        if ids is None:
+            self.router.freeze_shared()
+            if self.shared_expert is not None:
+                self.shared_expert.requires_grad_(False)
+
+    def unfreeze(self, ids: Sequence[int]) -> None:
+        """Make experts trainable again."""
+        self.pool.unfreeze(ids)
+
+    def remove(self, ids: Sequence[int]) -> None:
+        """Remove experts with all their rows.
+
+        Raises:
+            ValueError: on an unknown id, or if fewer experts than top_k would be left; nothing is changed then.
+        """
+        left = [expert_id for expert_id in self.pool.ids if expert_id not in set(ids)]
+        if left:
+            self.router.check_pool(len(left))
+        self.pool.remove(ids)
+
+    def observe(self, expert_id: int, x: Tensor, labels: Tensor | None = None) -> None:
+        """Take data into the statistics that a density gate keeps of one live expert; see DensityRouter.observe."""
+        if not isinstance(self.router, DensityRouter):
+            raise ValueError(f"{type(self.router).__name__} is trained by gradient: it observes no data")
+        self.router.observe(self.pool, self.namespace, expert_id, x, labels)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend}, namespace={self.namespace}"

@@ -1,0 +1,79 @@
+"""The record of what a router decided.
+
+Axis letters, everywhere in modmoe: B batch, T tokens, D model, H hidden, E experts (positions in ``pool.ids``),
+K selected, C capacity, N triples.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Routing:
+    """Flat (token, expert, weight) triples, and the scores they came from.
+
+    Kernels, losses, metrics and TensorBoard read only this record.
+
+    Args:
+        token_index: (N,) int64 in [0, T).
+        expert_index: (N,) int64 in [0, E), or -1 where the assignment was dropped (padding, no open expert).
+        weight: (N,) float; 0 where dropped.
+        num_tokens: T.
+        num_experts: E.
+        logits: (T, E) raw scores, before masking and before any softmax.
+        probs: (T, E) the distribution over the experts open to each token.
+        top_k: K where the triples stand token by token, best first, K for each; None for any other order.
+        has_drops: False where it is known, without looking at values, that nothing was dropped.
+        mask: (T,) bool, True for real tokens; None means all.
+        open_experts: (E,) or (T, E) bool, the experts that were allowed; None means all.
+    """
+
+    token_index: Tensor
+    expert_index: Tensor
+    weight: Tensor
+    num_tokens: int
+    num_experts: int
+    logits: Tensor
+    probs: Tensor
+    top_k: int | None = None
+    has_drops: bool = True
+    mask: Tensor | None = None
+    open_experts: Tensor | None = None
+
+    @property
+    def choices(self) -> Tensor:
+        """(T, K) expert positions, -1 where dropped: what the balancing losses take.
+
+        Raises:
+            ValueError: if the router did not choose a fixed number of experts for each token.
+        """
+        if self.top_k is None:
+            raise ValueError("this routing does not hold the same number of choices for each token")
+        return self.expert_index.view(self.num_tokens, self.top_k)
+
+    @property
+    def load(self) -> Tensor:
+        """(E,) int64: assignments that each expert received."""
+        slots = torch.where(self.expert_index < 0, self.num_experts, self.expert_index)
+        counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=slots.device)
+        return counts.scatter_add_(0, slots, torch.ones_like(slots))[:-1]
+
+    def matrix(self) -> Tensor:
+        """(T, E) the combine weights as a matrix, zero where an expert was not chosen."""
+        valid = self.expert_index >= 0
+        position = self.token_index * self.num_experts + self.expert_index.clamp(min=0)
+        weight = torch.where(valid, self.weight, torch.zeros_like(self.weight))
+        flat = weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, position, weight)
+        return flat.view(self.num_tokens, self.num_experts)
+
+    def detach(self) -> "Routing":
+        """The same record without its autograd graph."""
+        tensors = {
+            field.name: value.detach()
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
