@@ -190,9 +190,7 @@ class _Keys:
         self._types: dict[str, Any] = {"seeds": int, "out": str}
         self._groups: set[str] = set()
         self._parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
-        self._parser.add_argument(
-            "--out", type=str, default="runs/<name of CONFIG>", help="folder for the results"
-        )
+        self._parser.add_argument("--out", type=str, default="runs/<name of CONFIG>", help="folder for the results")
         self._add(config_class(), "", "settings")
 
     def _add(self, config: Any, prefix: str, title: str) -> None:
@@ -205,9 +203,7 @@ class _Keys:
                 self._add(value, f"{key}.", f"{key}: {texts.get(field.name, '')}".rstrip(":. "))
             else:
                 self._types[key] = hints[field.name]
-                group.add_argument(
-                    f"--{key}", type=hints[field.name], default=value, help=texts.get(field.name)
-                )
+                group.add_argument(f"--{key}", type=hints[field.name], default=value, help=texts.get(field.name))
 
     def help(self) -> str:
         """Lay out all settings with their types and defaults."""
@@ -267,9 +263,7 @@ def _replaced(config: Any, changes: dict[str, Any]) -> Any:
     """Give a copy of a config with the values at dotted keys changed."""
     own = {key: value for key, value in changes.items() if "." not in key}
     for group in {key.partition(".")[0] for key in changes if "." in key}:
-        inner = {
-            key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{group}.")
-        }
+        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{group}.")}
         own[group] = _replaced(getattr(config, group), inner)
     return dataclasses.replace(config, **own)
 

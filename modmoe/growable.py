@@ -93,7 +93,7 @@ class Growable(nn.Module):
         # Holds device and dtype while there are no rows; follows .to().
         self.register_buffer("_anchor", torch.empty(0, dtype=dtype), persistent=False)
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def like(self) -> Tensor:
@@ -135,7 +135,7 @@ class Growable(nn.Module):
         if not names:
             if None in self.row_shape:
                 raise ValueError(f"no rows for experts {list(ids)}, and their shape {self.row_shape} is open")
-            return self._anchor.new_empty((0, *self.row_shape))
+            return self._anchor.new_empty((0, *(size or 0 for size in self.row_shape)))
         tensors = [getattr(self, name) for name in names]
         if any(tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
             raise ValueError(f"experts {list(ids)} have rows of different shapes")
@@ -167,7 +167,7 @@ class Growable(nn.Module):
         order = tuple(starts[name] + index for _, _, name, index in found)
         return tuple(starts), None if order == tuple(range(total)) else order
 
-    # -- changing the structure ----------------------------------------------------------------------------------
+    # -- changing the structure --------------------------------------------------------------------
 
     def check_rows(self, values: Tensor) -> None:
         """Raise ValueError unless ``values`` is (R, *row_shape)."""
@@ -263,7 +263,7 @@ class Growable(nn.Module):
         self._banks = banks
         self._plans = {}
 
-    # -- saving and loading ----------------------------------------------------------------------------------------
+    # -- saving and loading ------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """The book as a uint8 tensor of JSON: a state dict then holds tensors only, as safetensors needs."""
@@ -294,16 +294,12 @@ class Growable(nn.Module):
                 raise ValueError(f"the bank '{prefix}{name}' does not have the {len(rows)} rows of its book")
         self._next_cohort = max(self._next_cohort, book["next_cohort"])
         self._next_row = max(self._next_row, book["next_row"])
-        if banks == self._banks and all(
-            getattr(self, name).shape == state_dict[prefix + name].shape for name in banks
-        ):
+        if banks == self._banks and all(getattr(self, name).shape == state_dict[prefix + name].shape for name in banks):
             return  # the same structure: keep the tensors that an optimizer may hold
         for name in list(self._banks):
             self._drop(name)
         for name, rows in banks.items():
-            values = torch.empty_like(
-                state_dict[prefix + name], dtype=self._anchor.dtype, device=self._anchor.device
-            )
+            values = torch.empty_like(state_dict[prefix + name], dtype=self._anchor.dtype, device=self._anchor.device)
             if _is_frozen(name):
                 self._store_frozen(name, values, rows)
             else:

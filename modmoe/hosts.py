@@ -36,6 +36,4 @@ def import_host(name: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != top:
             raise
         hint = _INSTALL.get(top, f"pip install {top}")
-        raise MissingExtraError(
-            f"'{top}' is needed for this and is not installed. Install it with: {hint}"
-        ) from error
+        raise MissingExtraError(f"'{top}' is needed for this and is not installed. Install it with: {hint}") from error

@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
         pool.declare(namespace, router.row_specs(), preserving=router.preserving_growth)
         self._routing: Routing | None = None
 
-    # -- computing ---------------------------------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -84,9 +84,7 @@ class MoELayer(nn.Module):
         y = combine(self.compute(x, routing), routing).view(*x.shape[:-1], -1)
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
-            y = y + (
-                shared if mask is None else torch.where(mask.unsqueeze(-1), shared, torch.zeros_like(shared))
-            )
+            y = y + (shared if mask is None else torch.where(mask.unsqueeze(-1), shared, torch.zeros_like(shared)))
         return y
 
     def route(
@@ -103,9 +101,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"x of shape (..., {self.router.in_features}) is needed, got {tuple(x.shape)}")
         shape = x.shape[:-1]
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-            raise ValueError(
-                f"a bool mask of shape {tuple(shape)} is needed, got {mask.dtype} {tuple(mask.shape)}"
-            )
+            raise ValueError(f"a bool mask of shape {tuple(shape)} is needed, got {mask.dtype} {tuple(mask.shape)}")
         open_experts = self._open_experts(x, task_ids, expert_mask)
         flat = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1)
@@ -152,9 +148,7 @@ class MoELayer(nn.Module):
             open_experts = by_task if open_experts is None else by_task & open_experts
         return open_experts
 
-    def _task_mask(
-        self, task_ids: Task | Sequence[Task] | Tensor, shape: torch.Size, device: torch.device
-    ) -> Tensor:
+    def _task_mask(self, task_ids: Task | Sequence[Task] | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
         if isinstance(task_ids, Tensor) and task_ids.dim() == 0:
             task_ids = int(task_ids)
         owners = self.pool.tasks()
@@ -179,11 +173,9 @@ class MoELayer(nn.Module):
             return  # experts without a task serve any task
         unknown = [task for task in tasks if task not in owners]
         if unknown:
-            raise ValueError(
-                f"no expert belongs to task {unknown}, the pool has {list(dict.fromkeys(owners))}"
-            )
+            raise ValueError(f"no expert belongs to task {unknown}, the pool has {list(dict.fromkeys(owners))}")
 
-    # -- the last routing -----------------------------------------------------------------------------------------------
+    # -- the last routing --------------------------------------------------------------------------
 
     @property
     def routing(self) -> Routing | None:
@@ -208,7 +200,7 @@ class MoELayer(nn.Module):
         # tensors with a graph cannot be copied, and a checkpoint has no use for the last batch
         return {**self.__dict__, "_routing": None}
 
-    # -- growing -----------------------------------------------------------------------------------------------------
+    # -- growing -----------------------------------------------------------------------------------
 
     def add_experts(
         self,

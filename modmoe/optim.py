@@ -26,9 +26,7 @@ def sync_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
     owner_of = {id(t): g for g in growables for t, _ in g.live()}
     groups = optimizer.param_groups
     home: dict[int, int] = {}  # id of a growable -> index of the group its rows are in
-    stale: dict[
-        int, list[tuple[Tensor, tuple[Row, ...]]]
-    ] = {}  # id of a growable -> retired tensors with state here
+    stale: dict[int, list[tuple[Tensor, tuple[Row, ...]]]] = {}  # id of a growable -> retired tensors with state here
     for index, group in enumerate(groups):
         for parameter in group["params"]:
             growable = owner_of.get(id(parameter))

@@ -53,9 +53,7 @@ class Group:
 
     def to(self, dtype: torch.dtype) -> "Group":
         """The same group with its tensors in another dtype; gradients flow back."""
-        return dataclasses.replace(
-            self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        )
+        return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
 
 class Rows(Mapping[str, Tensor]):
@@ -77,9 +75,7 @@ class Rows(Mapping[str, Tensor]):
     def owner(self, name: str) -> Tensor:
         """(R,) int64: the position in ``ids`` of each row's owner."""
         growable = self._growables[name]
-        return torch.tensor(
-            growable.owner_positions(self.ids), dtype=torch.int64, device=growable.like.device
-        )
+        return torch.tensor(growable.owner_positions(self.ids), dtype=torch.int64, device=growable.like.device)
 
 
 class ExpertPool(nn.Module):
@@ -107,7 +103,7 @@ class ExpertPool(nn.Module):
         self.declare("expert", expert.row_specs(), preserving="tie")
         self.add_experts(num_experts, task=task)
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -130,6 +126,11 @@ class ExpertPool(nn.Module):
         """The book's line for one expert."""
         self._check_ids([expert_id])
         return self._book[expert_id]
+
+    def specs(self, namespace: str) -> dict[str, RowSpec]:
+        """What the rows of a namespace look like, by name."""
+        self._growables(namespace)
+        return self._specs[namespace]
 
     def tasks(self) -> tuple[Task | None, ...]:
         """The task of each expert, in the order of ``ids``."""
@@ -180,11 +181,9 @@ class ExpertPool(nn.Module):
             for key, ids in members.items()
         ]
 
-    # -- namespaces ------------------------------------------------------------------------------------------------
+    # -- namespaces --------------------------------------------------------------------------------
 
-    def declare(
-        self, namespace: str, specs: dict[str, RowSpec], preserving: Preserving | None = None
-    ) -> None:
+    def declare(self, namespace: str, specs: dict[str, RowSpec], preserving: Preserving | None = None) -> None:
         """Open a namespace of rows, and give every expert its rows there.
 
         Args:
@@ -248,7 +247,7 @@ class ExpertPool(nn.Module):
             growables[name].add([expert_id] * tensor.shape[0], tensor)
         _allow_new_graphs()
 
-    # -- growing -----------------------------------------------------------------------------------------------------
+    # -- growing -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def add_experts(
@@ -306,9 +305,7 @@ class ExpertPool(nn.Module):
                     count = specs[name].count
                     values = specs[name].draw(n * count, merged, growable.like) if count else growable.like
                 if count:
-                    drawn.append(
-                        (growable, [expert_id for expert_id in new_ids for _ in range(count)], values)
-                    )
+                    drawn.append((growable, [expert_id for expert_id in new_ids for _ in range(count)], values))
         for growable, owners, values in drawn:
             growable.add(owners, values)
         if init == "copy":
@@ -345,6 +342,11 @@ class ExpertPool(nn.Module):
                         if row.owner == source or row.owner in new_ids:
                             tensor[index] -= shift
 
+    def assign_task(self, expert_id: int, task: Task | None) -> None:
+        """Write an expert's task into the book."""
+        record = self.record(expert_id)
+        self._set_book({**self._book, expert_id: dataclasses.replace(record, task=task)})
+
     def freeze(self, ids: Sequence[int] | None = None) -> None:
         """Freeze experts with all rows that they own; None means all. Frozen ones may be named again.
 
@@ -371,9 +373,7 @@ class ExpertPool(nn.Module):
         for namespace in self.namespaces:
             for growable in self._growables(namespace).values():
                 growable.remove(ids)
-        self._set_book(
-            {expert_id: record for expert_id, record in self._book.items() if expert_id not in set(ids)}
-        )
+        self._set_book({expert_id: record for expert_id, record in self._book.items() if expert_id not in set(ids)})
 
     def check_removal(self, ids: Sequence[int]) -> None:
         """Raise the ValueError that :meth:`remove` would."""
@@ -410,7 +410,7 @@ class ExpertPool(nn.Module):
         if unknown:
             raise ValueError(f"no experts with ids {unknown}, the pool has {list(self.ids)}")
 
-    # -- saving and loading ----------------------------------------------------------------------------------------
+    # -- saving and loading ------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """The book as a uint8 tensor of JSON."""

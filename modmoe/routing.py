@@ -43,6 +43,28 @@ class Routing:
     mask: Tensor | None = None
     open_experts: Tensor | None = None
 
+    @classmethod
+    def assigned(cls, experts: Tensor, num_experts: int, dtype: torch.dtype = torch.float32) -> "Routing":
+        """Every token to a given expert with weight 1: oracle routing, or training one expert.
+
+        Args:
+            experts: (T,) int64 positions.
+            num_experts: E.
+            dtype: of the weights.
+        """
+        probs = torch.nn.functional.one_hot(experts, num_experts).to(dtype)
+        return cls(
+            token_index=torch.arange(len(experts), device=experts.device),
+            expert_index=experts,
+            weight=probs.new_ones(len(experts)),
+            num_tokens=len(experts),
+            num_experts=num_experts,
+            logits=probs.log(),
+            probs=probs,
+            top_k=1,
+            has_drops=False,
+        )
+
     @property
     def choices(self) -> Tensor:
         """(T, K) expert positions, -1 where dropped: what the balancing losses take.

@@ -103,9 +103,7 @@ def test_defaults_go_to_a_folder_named_after_the_config(config):
 
 
 def test_the_file_sets_and_the_command_line_overrides(config, tmp_path):
-    text = (
-        "experiment: toy\nseeds: 4\nnum_epochs: 5\nlearning_rate: 1e-3\ngate:\n  kind: density\n  top_k: 1\n"
-    )
+    text = "experiment: toy\nseeds: 4\nnum_epochs: 5\nlearning_rate: 1e-3\ngate:\n  kind: density\n  top_k: 1\n"
     write(tmp_path, text)
     options = ["--num_epochs", "7", "--gate.top_k=4", "--methods=[a, b]", "--limit", "9", "--seeds", "2"]
     assert cli.main(["run", "--out", "here", str(config), *options]) == 0
@@ -199,9 +197,7 @@ def test_a_missing_or_unreadable_file(config, tmp_path, capsys):
 
 def test_failures_of_a_run(config, capsys):
     assert cli.main(["run", str(config), "--fail", "extra"]) == 1
-    assert capsys.readouterr().err.endswith(
-        "modmoe: error: 'avalanche' is needed; pip install 'modmoe[continual]'\n"
-    )
+    assert capsys.readouterr().err.endswith("modmoe: error: 'avalanche' is needed; pip install 'modmoe[continual]'\n")
     assert cli.main(["run", str(config), "--fail", "interrupt"]) == 130
     assert capsys.readouterr().err.endswith("modmoe: interrupted\n")
     with pytest.raises(ValueError, match="a bug"):  # a bug keeps its traceback

@@ -38,9 +38,7 @@ class Matrix:
         if len(self.row_names) != rows:
             raise ValueError(f"values have {rows} rows but row_names has {len(self.row_names)} names")
         if len(self.column_names) != columns:
-            raise ValueError(
-                f"values have {columns} columns but column_names has {len(self.column_names)} names"
-            )
+            raise ValueError(f"values have {columns} columns but column_names has {len(self.column_names)} names")
 
 
 @dataclass
@@ -146,6 +144,4 @@ def _check_same_names(per_seed: list[dict[str, MethodRecord]]) -> None:
         for seed, records in enumerate(per_seed):
             for metric in metrics:
                 if metric not in records[method].metrics:
-                    raise ValueError(
-                        f"metric '{metric}' of method '{method}' is missing in seed number {seed}"
-                    )
+                    raise ValueError(f"metric '{metric}' of method '{method}' is missing in seed number {seed}")

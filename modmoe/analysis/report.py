@@ -32,18 +32,14 @@ def write_report(
     num_seeds = _num_seeds(summary)
     seeds = f"{num_seeds} seed" + ("" if num_seeds == 1 else "s")
     methods = f"{len(summary)} method" + ("" if len(summary) == 1 else "s")
-    experiment = (
-        f"Experiment <code>{escape(str(config['experiment']))}</code>: " if "experiment" in config else ""
-    )
+    experiment = f"Experiment <code>{escape(str(config['experiment']))}</code>: " if "experiment" in config else ""
     interval = (
         "Numbers are means over the seeds ± half of the 95% confidence interval (Student t)."
         if num_seeds > 1
         else "With one seed there is no interval: the numbers say nothing about chance."
     )
     titles = dict.fromkeys(name for of_method in matrices.values() for name in of_method)
-    averaged = (
-        " Matrices are means over the seeds; a matrix whose size differs between seeds is the first seed's."
-    )
+    averaged = " Matrices are means over the seeds; a matrix whose size differs between seeds is the first seed's."
     page = _PAGE.substitute(
         title=escape(title),
         css=_CSS + _shades(),
@@ -150,11 +146,7 @@ def _heat_map(method: str, matrix: Matrix, low: float, high: float) -> str:
     names = "".join(f'<th scope="col">{escape(name)}</th>' for name in matrix.column_names)
     body = []
     for i, name in enumerate(matrix.row_names):
-        axis = (
-            f'<th class="axis side" rowspan="{rows}"><span>{escape(matrix.row_label)}</span></th>'
-            if i == 0
-            else ""
-        )
+        axis = f'<th class="axis side" rowspan="{rows}"><span>{escape(matrix.row_label)}</span></th>' if i == 0 else ""
         cells = "".join(_heat_cell(float(x), low, high) for x in matrix.values[i])
         body.append(f'<tr>{axis}<th scope="row">{escape(name)}</th>{cells}</tr>')
     return (
@@ -184,19 +176,14 @@ def _config_rows(config: dict, prefix: str = "") -> str:
             rows.append(_config_rows(value, f"{prefix}{key}."))
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            rows.append(
-                f'<tr><th scope="row">{_wrappable(prefix + str(key))}</th><td>{escape(text)}</td></tr>'
-            )
+            rows.append(f'<tr><th scope="row">{_wrappable(prefix + str(key))}</th><td>{escape(text)}</td></tr>')
     return "".join(rows)
 
 
 def _shades() -> str:
     """Rules for the shades s0..: one hue, lightness in even steps, text in the colour of higher contrast."""
     light = [_oklch(0.97 - 0.57 * t, 0.012 + 0.108 * t, 255) for t in np.linspace(0, 1, _STEPS)]
-    dark = [
-        _oklch(0.27 + 0.58 * t, 0.025 + 0.045 * t + 0.16 * t * (1 - t), 255)
-        for t in np.linspace(0, 1, _STEPS)
-    ]
+    dark = [_oklch(0.27 + 0.58 * t, 0.025 + 0.045 * t + 0.16 * t * (1 - t), 255) for t in np.linspace(0, 1, _STEPS)]
     return _rules(light) + "@media (prefers-color-scheme: dark) {" + _rules(dark) + "}"
 
 

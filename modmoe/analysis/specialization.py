@@ -43,9 +43,7 @@ def mutual_information(joint: Tensor | np.ndarray, normalize: bool = False) -> f
     """
     joint = torch.as_tensor(joint).to(torch.float64)
     if joint.ndim != 2 or joint.numel() == 0:
-        raise ValueError(
-            f"joint must be a non-empty (num_tasks, num_experts) matrix, got shape {tuple(joint.shape)}"
-        )
+        raise ValueError(f"joint must be a non-empty (num_tasks, num_experts) matrix, got shape {tuple(joint.shape)}")
     if bool((joint < 0).any()):
         raise ValueError("joint has a negative entry")
     total = float(joint.sum())

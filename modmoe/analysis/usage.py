@@ -19,9 +19,7 @@ def load(expert_index: Tensor, num_experts: int) -> Tensor:
         raise ValueError(f"expert_index must be integers, got {expert_index.dtype}")
     flat = expert_index.detach().reshape(-1).to(torch.int64)
     if flat.numel() and (int(flat.min()) < -1 or int(flat.max()) >= num_experts):
-        raise ValueError(
-            f"expert_index must lie in [-1, {num_experts}), got {int(flat.min())} to {int(flat.max())}"
-        )
+        raise ValueError(f"expert_index must lie in [-1, {num_experts}), got {int(flat.min())} to {int(flat.max())}")
     return torch.bincount(flat[flat >= 0], minlength=num_experts)
 
 

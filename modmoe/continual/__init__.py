@@ -1,0 +1,10 @@
+"""Continual learning on Avalanche."""
+
+from modmoe.hosts import import_host
+
+import_host("avalanche")
+
+from modmoe.continual.classifier import UNKNOWN, PoolClassifier, task_positions  # noqa: E402
+from modmoe.continual.plugin import ExpertPoolPlugin  # noqa: E402
+
+__all__ = ["UNKNOWN", "ExpertPoolPlugin", "PoolClassifier", "task_positions"]

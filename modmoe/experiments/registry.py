@@ -6,9 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-if (
-    TYPE_CHECKING
-):  # records live in a package that imports torch, which the command line's help must not wait for
+if TYPE_CHECKING:  # records live in a package that imports torch, which the command line's help must not wait for
     from modmoe.analysis.records import MethodRecord
 
 EXPERIMENTS: dict[str, "str | type"] = {"continual": "modmoe.experiments.continual:ContinualConfig"}
@@ -60,9 +58,7 @@ def load_config_class(experiment: str) -> type[ExperimentConfig]:
         module, _, name = entry.partition(":")
         entry = getattr(importlib.import_module(module), name)
     if not (isinstance(entry, type) and dataclasses.is_dataclass(entry) and hasattr(entry, "run")):
-        raise TypeError(
-            f"the config of experiment '{experiment}' must be a dataclass with a run method, got {entry}"
-        )
+        raise TypeError(f"the config of experiment '{experiment}' must be a dataclass with a run method, got {entry}")
     for field in dataclasses.fields(entry):
         if field.name in RESERVED:
             raise TypeError(f"{entry.__name__} may not name a field '{field.name}': the command line uses it")

@@ -15,9 +15,7 @@ from modmoe.experiments.registry import ExperimentConfig
 from modmoe.hosts import import_host
 
 
-def run_experiment(
-    config: ExperimentConfig, name: str, seeds: int, out: str | Path, first_seed: int = 0
-) -> dict:
+def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | Path, first_seed: int = 0) -> dict:
     """Run all methods of an experiment for several seeds, print a table and write the results.
 
     Written to ``out``, replacing what an earlier run left there: ``metrics.json`` (``{"config": {...},
@@ -99,11 +97,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if (
-        value is None
-        or isinstance(value, bool | int | str)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)
 

@@ -53,9 +53,7 @@ class Router(nn.Module, ABC):
         """Raw scores (T, E) for x (T, D), at least in float32; an expert's column depends on its own rows only."""
 
     @abstractmethod
-    def select(
-        self, logits: Tensor, allowed: Tensor | None, top_k: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Choose experts.
 
         Args:
@@ -92,9 +90,7 @@ class Router(nn.Module, ABC):
         self.check_pool(num_experts, top_k)
         logits = self.score(x, rows)
         scored = self.scored_experts(rows)
-        allowed = (
-            open_experts if scored is None else scored if open_experts is None else open_experts & scored
-        )
+        allowed = open_experts if scored is None else scored if open_experts is None else open_experts & scored
         masked = logits
         if allowed is not None:
             allowed = allowed.expand(num_tokens, num_experts)
@@ -156,8 +152,8 @@ def check_scores(x: Tensor, logits: Tensor, allowed: Tensor | None, mask: Tensor
     if mask is not None:
         finite, served = finite | ~mask, served | ~mask
     if torch.compiler.is_compiling() or x.is_cuda:
-        torch._assert_async(finite.all(), "non-finite input or router logits")
-        torch._assert_async(served.all(), "every expert is masked for some token")
+        torch.ops.aten._assert_async.msg(finite.all(), "non-finite input or router logits")
+        torch.ops.aten._assert_async.msg(served.all(), "every expert is masked for some token")
         return
     if not finite.all():
         token = int((~finite).nonzero()[0])

@@ -21,8 +21,8 @@ class DensityRouter(Router):
     """The shared part of the gates below: one row for each class that an expert has observed.
 
     score(expert e) = log sum_c (n_c / n_e) exp(s_c(x)) over the classes c of e, where s_c is the class's own score
-    (a raw log-likelihood, or minus a squared distance). The best k experts are chosen; their weights are the softmax of their
-    scores, so that k = 1 has weight 1. An expert that has observed nothing is not chosen, unless none has.
+    (a raw log-likelihood, or minus a squared distance). The best k experts are chosen; their weights are the softmax
+    of their scores, so that k = 1 has weight 1. An expert that has observed nothing is not chosen, unless none has.
 
     Args:
         in_features: D.
@@ -94,9 +94,7 @@ class DensityRouter(Router):
         scored = torch.zeros(len(rows.ids), dtype=torch.bool, device=owner.device)
         return scored.index_fill(0, owner, True)
 
-    def select(
-        self, logits: Tensor, allowed: Tensor | None, top_k: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         k = min(self.top_k if top_k is None else top_k, logits.shape[1])
         values, choices = logits.topk(k, dim=1)
         return choices, values.softmax(1), logits.softmax(1)
@@ -132,9 +130,7 @@ class DensityRouter(Router):
         for label in labels.unique():
             place = (state["label"] == label).nonzero()
             if len(place) == 0:
-                fresh = {
-                    name: spec.draw(1, {}, growables[name].like) for name, spec in self.row_specs().items()
-                }
+                fresh = {name: spec.draw(1, {}, growables[name].like) for name, spec in self.row_specs().items()}
                 fresh["label"][0] = label
                 state = {name: torch.cat([tensor, fresh[name]]) for name, tensor in state.items()}
             index = int(place[0]) if len(place) else len(state["label"]) - 1
@@ -162,9 +158,7 @@ class GaussianRouter(DensityRouter):
         regularization: r, added to the variances; in squared units of the features, fixed before the stream.
     """
 
-    def __init__(
-        self, in_features: int, per_class: bool = True, top_k: int = 1, regularization: float = 0.01
-    ):
+    def __init__(self, in_features: int, per_class: bool = True, top_k: int = 1, regularization: float = 0.01):
         super().__init__(in_features, per_class, top_k)
         if regularization <= 0:
             raise ValueError(f"regularization must be positive, got {regularization}")
@@ -191,9 +185,7 @@ class GaussianRouter(DensityRouter):
         mean = x.double().mean(0)
         centred = x.double() - mean
         shift = mean - old["mean"].double()
-        scatter = (
-            old["scatter"].double() + centred.T @ centred + torch.outer(shift, shift) * (seen * n / total)
-        )
+        scatter = old["scatter"].double() + centred.T @ centred + torch.outer(shift, shift) * (seen * n / total)
         eye = torch.eye(self.in_features, dtype=torch.float64, device=x.device)
         lower = torch.linalg.cholesky(scatter / total + self.regularization * eye)
         whiten = torch.linalg.solve_triangular(lower, eye, upper=False).T

@@ -50,9 +50,7 @@ class DenseRouter(Router):
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         return at_least_float32(F.linear(x, rows["weight"], rows["bias"]))
 
-    def select(
-        self, logits: Tensor, allowed: Tensor | None, top_k: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         probs = logits.softmax(1)
         return torch.arange(logits.shape[1], device=logits.device).expand_as(logits), probs, probs
 
@@ -92,9 +90,7 @@ class TopKRouter(Router):
         if order not in ("topk_softmax", "softmax_topk"):
             raise ValueError(f"order is 'topk_softmax' or 'softmax_topk', got '{order}'")
         if order == "topk_softmax" and renormalize is False:
-            raise ValueError(
-                "a softmax over the selected logits adds up to 1: use order='softmax_topk' for less"
-            )
+            raise ValueError("a softmax over the selected logits adds up to 1: use order='softmax_topk' for less")
         _check_k(top_k)
         self.in_features = in_features
         self.top_k = top_k
@@ -127,9 +123,7 @@ class TopKRouter(Router):
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         return at_least_float32(F.linear(x, rows["weight"]))
 
-    def select(
-        self, logits: Tensor, allowed: Tensor | None, top_k: int | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         k = self.top_k if top_k is None else top_k
         probs = logits.softmax(1)
         values, choices = logits.topk(k, dim=1)

@@ -46,13 +46,7 @@ def run_bmm(expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor
     one_hot = torch.nn.functional.one_hot(slot_expert, num_experts + 1)
     place = (one_hot.cumsum(0) - 1).gather(1, slot_expert.unsqueeze(1)).squeeze(1)  # rank within its expert
     # A compiled graph needs a static size: no expert can receive more than all assignments.
-    capacity = (
-        x.shape[0]
-        if torch.compiler.is_compiling()
-        else int(one_hot[:, :-1].sum(0).max())
-        if len(local)
-        else 0
-    )
+    capacity = x.shape[0] if torch.compiler.is_compiling() else int(one_hot[:, :-1].sum(0).max()) if len(local) else 0
     slot = torch.where(local < 0, num_experts * capacity, slot_expert * capacity + place)
     padded = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x)
     y = expert.compute(padded[:-1].view(num_experts, capacity, -1), BatchedOps(tensors)).flatten(0, 1)

@@ -22,9 +22,7 @@ class GroupedOps:
         return y if bias is None else y + self.tensors[bias].index_select(0, self.expert)
 
 
-def run_grouped(
-    expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor]:
+def run_grouped(expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor) -> Tensor:
     """Sort the assignments by expert and multiply each run with its own expert's rows.
 
     Args:

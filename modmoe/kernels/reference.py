@@ -1,6 +1,5 @@
 """The reference backend: a loop over experts. It defines what is right."""
 
-import torch
 from torch import Tensor
 
 from modmoe.experts.base import Expert

@@ -50,9 +50,7 @@ def compute_assignments(
         part = None
         eager = not torch.compiler.is_compiling()
         partial = len(groups) > 1 or routing.has_drops
-        if (
-            partial and eager
-        ):  # only this group's assignments; a compiled graph needs static sizes and keeps all
+        if partial and eager:  # only this group's assignments; a compiled graph needs static sizes and keeps all
             part = (local >= 0).nonzero().squeeze(1)
             token, local = token.index_select(0, part), local.index_select(0, part)
         name = backend if backend != "auto" else choose_backend(len(group.ids), len(token), x.dtype, x.device)
@@ -64,7 +62,7 @@ def compute_assignments(
         parts.append((part, y))
     first_part, first = parts[0]
     if first_part is None:
-        return sum((y for _, y in parts[1:]), first)
+        return torch.stack([y for _, y in parts]).sum(0) if len(parts) > 1 else first
     outputs = first.new_zeros(routing.token_index.shape[0], first.shape[1])
     return outputs.index_copy(0, torch.cat([part for part, _ in parts]), torch.cat([y for _, y in parts]))
 
@@ -74,9 +72,7 @@ def combine(outputs: Tensor, routing: Routing) -> Tensor:
     weighted = outputs * routing.weight.to(outputs.dtype).unsqueeze(1)
     if routing.top_k is not None:
         return weighted.view(routing.num_tokens, routing.top_k, -1).sum(1)
-    return weighted.new_zeros(routing.num_tokens, weighted.shape[1]).index_add(
-        0, routing.token_index, weighted
-    )
+    return weighted.new_zeros(routing.num_tokens, weighted.shape[1]).index_add(0, routing.token_index, weighted)
 
 
 def _local_index(routing: Routing, group: Group) -> Tensor:
@@ -85,6 +81,4 @@ def _local_index(routing: Routing, group: Group) -> Tensor:
     for index, position in enumerate(group.positions):
         table[position] = index
     device = routing.expert_index.device
-    return torch.tensor(table, device=device).index_select(
-        0, routing.expert_index % (routing.num_experts + 1)
-    )
+    return torch.tensor(table, device=device).index_select(0, routing.expert_index % (routing.num_experts + 1))

@@ -48,8 +48,7 @@ def load_balancing_loss(
         open_experts = probs.new_ones(num_experts, dtype=torch.bool)
     if open_experts.shape != (num_experts,) or open_experts.dtype != torch.bool:
         raise ValueError(
-            f"open_experts must be bool of shape ({num_experts},), "
-            f"got {open_experts.dtype} {tuple(open_experts.shape)}"
+            f"open_experts must be bool of shape ({num_experts},), got {open_experts.dtype} {tuple(open_experts.shape)}"
         )
 
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
@@ -63,8 +62,6 @@ def load_balancing_loss(
 
     # A spare column takes the assignments that do not count.
     slots = torch.where(counted[:, None] & (expert_index >= 0), expert_index, num_experts).flatten()
-    load = (
-        probs.new_zeros(num_experts + 1).index_add(0, slots, probs.new_ones(slots.shape))[:-1] * open_experts
-    )
+    load = probs.new_zeros(num_experts + 1).index_add(0, slots, probs.new_ones(slots.shape))[:-1] * open_experts
     fraction = load / load.sum().clamp(min=1)
     return open_experts.sum() * (fraction * mean_probs).sum()

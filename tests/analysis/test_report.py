@@ -14,9 +14,7 @@ def entry(*seeds: float | None) -> dict:
 
 
 def accuracy(value: float = 0.5) -> Matrix:
-    return Matrix(
-        np.array([[value, math.nan], [0.25, 1.0]]), "after task", "task", ["t0", "t1"], ["u0", "u1"]
-    )
+    return Matrix(np.array([[value, math.nan], [0.25, 1.0]]), "after task", "task", ["t0", "t1"], ["u0", "u1"])
 
 
 def page(tmp_path, config=None, summary=None, matrices=None, title="Run") -> str:
@@ -26,9 +24,7 @@ def page(tmp_path, config=None, summary=None, matrices=None, title="Run") -> str
 
 
 def test_the_table_shows_mean_and_half_width():
-    metrics, rows = result_table(
-        {"pool": {"a": entry(0.0, 2.0), "count": entry(4, 4)}, "control": {"b": entry(None)}}
-    )
+    metrics, rows = result_table({"pool": {"a": entry(0.0, 2.0), "count": entry(4, 4)}, "control": {"b": entry(None)}})
     assert metrics == ["a", "count", "b"]
     # a: mean 1; half-width t(0.975, 1) * s / sqrt(2) = 12.706 * 1; "a" holds whole numbers, so it is a count
     # count: both seeds 4, so the half-width is exactly 0 and no decimals are needed
@@ -36,9 +32,7 @@ def test_the_table_shows_mean_and_half_width():
 
 
 def test_one_seed_gives_no_interval():
-    _, rows = result_table(
-        {"pool": {"accuracy": entry(0.91237), "one": entry(1.0), "parameters": entry(1234567)}}
-    )
+    _, rows = result_table({"pool": {"accuracy": entry(0.91237), "one": entry(1.0), "parameters": entry(1234567)}})
     assert rows == [["pool", "0.912", "1.000", "1,234,567"]]
 
 

@@ -81,9 +81,6 @@ def test_a_missing_matplotlib_is_named_only_if_needed(tmp_path, monkeypatch):
 
 
 def test_importing_analysis_loads_no_plotting():
-    code = (
-        "import sys, modmoe.analysis;"
-        "print([m for m in ('matplotlib', 'tensorboard', 'pandas') if m in sys.modules])"
-    )
+    code = "import sys, modmoe.analysis;print([m for m in ('matplotlib', 'tensorboard', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -174,18 +174,14 @@ def test_off_in_eval(weight):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_bad_loss(weight, training):
-    with pytest.raises(
-        ValueError, match=r"loss must be a floating scalar, got torch.float64 of shape \(3,\)"
-    ):
+    with pytest.raises(ValueError, match=r"loss must be a floating scalar, got torch.float64 of shape \(3,\)"):
         attach(weight, weight, training=training)
     with pytest.raises(ValueError, match=r"loss must be a floating scalar, got torch\.int64"):
         attach(weight, torch.tensor(1), training=training)
 
 
 def test_bad_scale_and_bad_y(weight):
-    with pytest.raises(
-        ValueError, match=r"scale must be a floating scalar, got torch.float32 of shape \(1,\)"
-    ):
+    with pytest.raises(ValueError, match=r"scale must be a floating scalar, got torch.float32 of shape \(1,\)"):
         attach(weight, weight.sum(), scale=torch.ones(1))
     with pytest.raises(ValueError, match=r"y must be floating or complex .* got torch.int64"):
         attach(torch.ones(2, dtype=torch.int64), weight.sum())

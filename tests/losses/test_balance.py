@@ -66,9 +66,7 @@ def test_closed_experts_by_hand():
 
 def test_uniform_over_the_open_experts_is_one():
     probs = torch.tensor([[0.9, 0.05, 0.05], [0.2, 0.4, 0.4]])
-    loss = load_balancing_loss(
-        probs, torch.tensor([[0, 1], [2, 0]]), open_experts=torch.tensor([False, True, True])
-    )
+    loss = load_balancing_loss(probs, torch.tensor([[0, 1], [2, 0]]), open_experts=torch.tensor([False, True, True]))
     assert_close(loss, torch.tensor(1.0))
 
 
@@ -129,9 +127,7 @@ def test_nan_in_a_real_token_is_not_hidden():
 )
 def test_no_open_assignment_is_zero_with_a_graph(probs, expert_index):
     probs = torch.tensor(probs, requires_grad=True)
-    loss = load_balancing_loss(
-        probs, torch.tensor(expert_index), open_experts=torch.tensor([True, True, False])
-    )
+    loss = load_balancing_loss(probs, torch.tensor(expert_index), open_experts=torch.tensor([True, True, False]))
     assert loss == 0
     loss.backward()
     assert probs.grad is not None

@@ -1,0 +1,202 @@
+"""A classifier that grows: backbone, pool of experts, gate, and head rows that the experts own."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modmoe.experts.base import Expert
+from modmoe.gating.density import DensityRouter
+from modmoe.growable import Init, RowSpec
+from modmoe.layer import MoELayer
+from modmoe.pool import ExpertPool, Task
+from modmoe.routing import Routing
+
+UNKNOWN = -100.0  # the log-probability of a class that no expert in question has a head row for
+
+HEAD = "head"
+
+
+class PoolClassifier(nn.Module):
+    """log p(c | x) = log sum_e p(e | x) p(c | e, x): a gate over experts, each a classifier of its own classes.
+
+    In training mode every sample is computed by the expert that is being trained; in eval mode by the experts that
+    the gate chooses for it. Everything that an expert learned is its own (MLP, head rows, density), so freezing it
+    keeps its answers for ever; the backbone is the only part that experts share.
+
+    Args:
+        expert: the expert kind; its output feeds the head rows.
+        router: a gate that is fitted to data.
+        num_classes: width of the output.
+        backbone: x -> features, flattened to (B, in_features); None for the flattened input itself.
+        freeze_backbone: freeze it now, normalisation statistics too. Otherwise call :meth:`freeze_backbone`
+            before the second task, or later experts change what earlier ones see.
+    Raises:
+        ValueError: on num_classes < 1, or a gate that is trained by gradient.
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        router: DensityRouter,
+        num_classes: int,
+        backbone: nn.Module | None = None,
+        freeze_backbone: bool = True,
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if not isinstance(router, DensityRouter):
+            raise ValueError(
+                f"{type(router).__name__} is trained by gradient and would forget: use GaussianRouter or PrototypeRouter"
+            )
+        self.num_classes = num_classes
+        self.backbone = nn.Identity() if backbone is None else backbone
+        self.layer = MoELayer(ExpertPool(expert), router)
+        self.layer.pool.declare(
+            HEAD,
+            {
+                "weight": RowSpec((expert.out_features,), Init("uniform", expert.out_features), count=0),
+                "bias": RowSpec((), count=0),
+                "label": RowSpec((), trainable=False, count=0, dtype=torch.int64),
+            },
+            preserving="tie",
+        )
+        self.training_id = self.pool.ids[0]
+        self.register_buffer("backbone_frozen", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_refreeze)
+        if freeze_backbone:
+            self.freeze_backbone()
+
+    @property
+    def pool(self) -> ExpertPool:
+        return self.layer.pool
+
+    # -- computing -------------------------------------------------------------------------------------
+
+    def features(self, x: Tensor) -> Tensor:
+        """What gate and experts read: (B, ...) -> (B, in_features)."""
+        return self.backbone(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class log-probabilities.
+
+        Args:
+            x: (B, ...).
+        Returns:
+            (B, num_classes); ``UNKNOWN`` for classes that none of the sample's experts knows.
+        """
+        features = self.features(x)
+        if self.training:
+            position = self.pool.ids.index(self.training_id)
+            experts = torch.full((len(x),), position, device=features.device)
+            routing = Routing.assigned(experts, self.pool.num_experts, features.dtype)
+        else:
+            routing = self.layer.route(features)
+        return self.classify(features, routing)
+
+    def classify(self, features: Tensor, routing: Routing) -> Tensor:
+        """The class log-probabilities under a given routing, for instance an oracle's; see :meth:`forward`."""
+        rows = self.pool.namespace(HEAD)
+        labels, owner = rows["label"], rows.owner("label")
+        num_rows = len(labels)
+        if num_rows == 0:
+            return features.new_full((routing.num_tokens, self.num_classes), UNKNOWN)
+        outputs = self.layer.compute(features, routing)  # (N, F)
+        scores = F.linear(outputs, rows["weight"], rows["bias"])  # (N, R)
+        own = owner == routing.expert_index.unsqueeze(1)
+        has_rows = own.any(1, keepdim=True)
+        scores = torch.where(own, scores, -torch.inf)
+        scores = torch.where(has_rows, scores, 0.0)  # an expert without classes: no NaN, masked below
+        joint = scores.log_softmax(1) + routing.weight.log().unsqueeze(1)
+        joint = torch.where(own & (routing.weight > 0).unsqueeze(1), joint, -torch.inf)
+        # log-sum over a token's experts and over rows with the same label, in the probability domain
+        top = joint.detach().amax(1).clamp(min=UNKNOWN)
+        peak = top.new_full((routing.num_tokens,), UNKNOWN).scatter_reduce(0, routing.token_index, top, "amax")
+        mass = (joint - peak[routing.token_index].unsqueeze(1)).exp()
+        cell = routing.token_index.unsqueeze(1) * self.num_classes + labels
+        total = mass.new_zeros(routing.num_tokens * self.num_classes).index_add(0, cell.flatten(), mass.flatten())
+        total = total.view(-1, self.num_classes)
+        known = total > 0
+        log_total = torch.where(known, total, 1.0).log() + peak.unsqueeze(1)
+        return torch.where(known, log_total, UNKNOWN)
+
+    # -- growing ---------------------------------------------------------------------------------------
+
+    def begin_task(self, classes: Iterable[int], task: Task | None = None) -> int:
+        """Make ready the expert that learns the next task: the first one while it has no classes, or else a new one.
+
+        Args:
+            classes: the class ids of the task, each in [0, num_classes).
+            task: its name in the pool's book.
+        Returns:
+            The expert's id.
+        Raises:
+            ValueError: on no class, or one outside the range; nothing is changed then.
+        """
+        wanted = sorted(set(classes))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_classes:
+            raise ValueError(f"class ids in [0, {self.num_classes}) are needed, got {wanted}")
+        unused = [i for i in self.pool.ids if i not in self.classes_of() and i not in self.pool.frozen_ids]
+        expert_id = unused[0] if unused else self.pool.add_experts(1, task=task)[0]
+        if unused and task is not None:
+            self.pool.assign_task(expert_id, task)
+        head = {name: self.pool.growable(HEAD, name) for name in ("weight", "bias")}
+        specs = self.pool.specs(HEAD)
+        values = {name: specs[name].draw(len(wanted), {}, growable.like) for name, growable in head.items()}
+        self.pool.add_rows(HEAD, expert_id, {**values, "label": torch.tensor(wanted)})
+        self.training_id = expert_id
+        return expert_id
+
+    def classes_of(self) -> dict[int, list[int]]:
+        """The classes of each expert that has any, by expert id."""
+        rows = self.pool.namespace(HEAD)
+        found: dict[int, list[int]] = {}
+        for position, label in zip(rows.owner("label").tolist(), rows["label"].tolist(), strict=True):
+            found.setdefault(self.pool.ids[position], []).append(label)
+        return found
+
+    @torch.no_grad()
+    def observe(self, expert_id: int, x: Tensor, labels: Tensor) -> None:
+        """Fit the gate's statistics of one expert to its data; x as in :meth:`forward`."""
+        was_training = self.backbone.training
+        self.backbone.eval()
+        self.layer.observe(expert_id, self.features(x), labels)
+        self.backbone.train(was_training)
+
+    def freeze_backbone(self) -> None:
+        """Freeze the shared backbone: weights, and normalisation statistics whatever mode the model is put into."""
+        self.backbone_frozen.fill_(True)
+        _refreeze(self)
+
+    def train(self, mode: bool = True) -> "PoolClassifier":
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
+
+def _refreeze(module: nn.Module, _incompatible: object = None) -> None:
+    assert isinstance(module, PoolClassifier)
+    if module.backbone_frozen:
+        module.backbone.requires_grad_(False)
+        module.backbone.eval()
+
+
+def task_positions(pool: ExpertPool, tasks: Sequence[Task]) -> Tensor:
+    """The position of the (first) expert of each task: where an oracle would route.
+
+    Args:
+        pool: with experts that have tasks.
+        tasks: one for each sample.
+    Returns:
+        (len(tasks),) int64.
+    Raises:
+        ValueError: if a task has no expert.
+    """
+    owners = pool.tasks()
+    missing = sorted({str(task) for task in tasks if task not in owners})
+    if missing:
+        raise ValueError(f"no expert belongs to task {missing}, the pool has {owners}")
+    return torch.tensor([owners.index(task) for task in tasks], dtype=torch.int64)
