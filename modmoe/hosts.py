@@ -33,7 +33,7 @@ def import_host(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # A module missing inside the host is the host's fault and keeps its own traceback.
-        if error.name is None or error.name.partition(".")[0] != top:
+        if error.name != top:
             raise
         hint = _INSTALL.get(top, f"pip install {top}")
         raise MissingExtraError(f"'{top}' is needed for this and is not installed. Install it with: {hint}") from error

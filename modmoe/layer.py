@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modmoe.gating.base import Router
 from modmoe.gating.density import DensityRouter
+from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
 from modmoe.pool import ExpertPool, Task
 from modmoe.routing import Routing
@@ -48,8 +49,8 @@ class MoELayer(nn.Module):
         self.shared_expert = shared_expert
         self.backend = backend
         if namespace is None:
-            taken = sum(name == "gate" or name.startswith("gate_") for name in pool.namespaces)
-            namespace = f"gate_{taken + 1}" if taken else "gate"
+            names = ("gate", *(f"gate_{number}" for number in range(2, len(pool.namespaces) + 2)))
+            namespace = next(name for name in names if name not in pool.namespaces)
         self.namespace = namespace
         pool.declare(namespace, router.row_specs(), preserving=router.preserving_growth)
         self._routing: Routing | None = None
@@ -81,9 +82,11 @@ class MoELayer(nn.Module):
             NonFiniteError: on a non-finite input or score.
         """
         routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask)
-        y = combine(self.compute(x, routing), routing).view(*x.shape[:-1], -1)
+        y = combine(self.compute(x, routing), routing)
+        y = y.view(*x.shape[:-1], y.shape[1])
         if self.shared_expert is not None:
-            shared = self.shared_expert(x)
+            # zeros go in as well: a NaN in padding would reach the gradients as 0 * NaN
+            shared = self.shared_expert(x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)))
             y = y + (shared if mask is None else torch.where(mask.unsqueeze(-1), shared, torch.zeros_like(shared)))
         return y
 
@@ -99,6 +102,7 @@ class MoELayer(nn.Module):
         """What the router decides for x, without computing; arguments as in :meth:`forward`."""
         if x.dim() < 1 or x.shape[-1] != self.router.in_features:
             raise ValueError(f"x of shape (..., {self.router.in_features}) is needed, got {tuple(x.shape)}")
+        self._check_dtype(x)
         shape = x.shape[:-1]
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(f"a bool mask of shape {tuple(shape)} is needed, got {mask.dtype} {tuple(mask.shape)}")
@@ -114,7 +118,13 @@ class MoELayer(nn.Module):
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped."""
+        self._check_dtype(x)
         flat = x.reshape(-1, x.shape[-1])
+        if len(flat) != routing.num_tokens or self.pool.num_experts != routing.num_experts:
+            raise ValueError(
+                f"the routing is of {routing.num_tokens} tokens and {routing.num_experts} experts, "
+                f"got {len(flat)} tokens and {self.pool.num_experts} experts"
+            )
         if routing.mask is not None:
             flat = torch.where(routing.mask.unsqueeze(1), flat, torch.zeros_like(flat))
         groups = self.pool.groups()
@@ -122,10 +132,29 @@ class MoELayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             flat = flat.to(dtype)
             groups = [group.to(dtype) for group in groups]
-        dtype = next(iter(groups[0].tensors.values())).dtype
-        if flat.dtype != dtype:
-            raise ValueError(f"x has dtype {flat.dtype}, the experts have {dtype}: convert one of them")
         return compute_assignments(groups, self.pool.expert, flat, routing, self.backend)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        rows = self.pool.namespace("expert")
+        dtype = self.pool.growable("expert", next(iter(rows))).banks()[0][0].dtype
+        if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(f"x has dtype {x.dtype}, the experts have {dtype}: convert one of them")
+
+    def expert_output(self, expert_id: int, x: Tensor) -> Tensor:
+        """One expert's own output for every x, whatever the router says: (..., D) -> (..., D_out).
+
+        It is computed from the expert's rows alone, so for a frozen expert it is the same to the last bit for ever.
+        """
+        rows = self.pool.namespace("expert", [expert_id])
+        flat = x.reshape(-1, x.shape[-1])
+        local = torch.zeros(len(flat), dtype=torch.int64, device=x.device)
+        y = run_reference(self.pool.expert, {name: rows[name] for name in rows}, flat, local)
+        return y.view(*x.shape[:-1], -1)
+
+    def expert_score(self, expert_id: int, x: Tensor) -> Tensor:
+        """One expert's raw score for every x, from its own rows alone: (..., D) -> (...)."""
+        score = self.router.score(x.reshape(-1, x.shape[-1]), self.pool.namespace(self.namespace, [expert_id]))
+        return score.view(x.shape[:-1])
 
     def _open_experts(
         self, x: Tensor, task_ids: Task | Sequence[Task] | Tensor | None, expert_mask: Tensor | None
@@ -161,9 +190,11 @@ class MoELayer(nn.Module):
             raise ValueError(f"{len(labels)} task ids for {num_entries} entries ({num_tokens} tokens)")
         known = list(dict.fromkeys(labels))
         self._check_tasks(known)
-        table = torch.tensor([[o is None or o == task for o in owners] for task in known], device=device)
+        table = torch.tensor(
+            [[o is None or o == task for o in owners] for task in known], dtype=torch.bool, device=device
+        )
         index = torch.tensor([known.index(label) for label in labels], dtype=torch.int64, device=device)
-        if len(labels) < num_tokens:
+        if len(labels) != num_tokens:
             index = index.repeat_interleave(num_tokens // num_entries)
         return table.view(-1, len(owners)).index_select(0, index)
 
@@ -220,6 +251,7 @@ class MoELayer(nn.Module):
             self.router.freeze_shared()
             if self.shared_expert is not None:
                 self.shared_expert.requires_grad_(False)
+                self.shared_expert.zero_grad(set_to_none=True)  # an optimizer would still apply what is left there
 
     def unfreeze(self, ids: Sequence[int]) -> None:
         """Make experts trainable again."""

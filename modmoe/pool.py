@@ -136,9 +136,11 @@ class ExpertPool(nn.Module):
         """The task of each expert, in the order of ``ids``."""
         return tuple(record.task for record in self._book.values())
 
-    def namespace(self, namespace: str) -> Rows:
-        """The rows of one namespace, in pool order."""
-        return Rows(self._growables(namespace), self.ids)
+    def namespace(self, namespace: str, ids: Sequence[int] | None = None) -> Rows:
+        """The rows of one namespace, of the experts ``ids``; None for all, in pool order."""
+        if ids is not None:
+            self._check_ids(ids)
+        return Rows(self._growables(namespace), self.ids if ids is None else ids)
 
     def expert_state(self, expert_id: int) -> dict[str, Tensor]:
         """Every row that the expert owns, in all namespaces, as copies.

@@ -36,6 +36,8 @@ class PoolClassifier(nn.Module):
         ValueError: on num_classes < 1, or a gate that is trained by gradient.
     """
 
+    backbone_frozen: Tensor
+
     def __init__(
         self,
         expert: Expert,
@@ -49,7 +51,8 @@ class PoolClassifier(nn.Module):
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if not isinstance(router, DensityRouter):
             raise ValueError(
-                f"{type(router).__name__} is trained by gradient and would forget: use GaussianRouter or PrototypeRouter"
+                f"{type(router).__name__} is trained by gradient and would forget; "
+                "use one that is fitted to data: GaussianRouter or PrototypeRouter"
             )
         self.num_classes = num_classes
         self.backbone = nn.Identity() if backbone is None else backbone

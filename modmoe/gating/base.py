@@ -88,14 +88,20 @@ class Router(nn.Module, ABC):
         """
         num_tokens, num_experts = x.shape[0], len(rows.ids)
         self.check_pool(num_experts, top_k)
-        logits = self.score(x, rows)
+        with torch.autocast(x.device.type, enabled=False):  # it would score in half precision
+            logits = self.score(x, rows)
         scored = self.scored_experts(rows)
-        allowed = open_experts if scored is None else scored if open_experts is None else open_experts & scored
-        masked = logits
+        allowed, masked = open_experts, logits
+        if scored is not None:
+            both = scored if open_experts is None else scored & open_experts
+            unserved = ~both.any(-1, keepdim=True)
+            allowed = both if open_experts is None else both | (open_experts & unserved)
+            masked = logits.masked_fill(~scored, 0.0)
+        comparable = masked
         if allowed is not None:
             allowed = allowed.expand(num_tokens, num_experts)
-            masked = logits.masked_fill(~allowed, -torch.inf)
-        check_scores(x, logits if scored is None else logits.masked_fill(~scored, 0.0), allowed, mask)
+            masked = masked.masked_fill(~allowed, -torch.inf)
+        check_scores(x, comparable, allowed, mask)
         if mask is not None:  # padding must not turn into NaN, whatever is open to it
             masked = torch.where(mask.unsqueeze(1), masked, torch.zeros_like(masked))
         choices, weights, probs = self.select(masked, allowed, top_k)
@@ -124,7 +130,10 @@ class Router(nn.Module, ABC):
         )
 
     def scored_experts(self, rows: Rows) -> Tensor | None:
-        """(E,) bool: experts that have a score at all; None for all. Gates fitted to data leave out unfitted ones."""
+        """(E,) bool: experts that have a score at all; None for all.
+
+        Gates fitted to data leave out unfitted ones, unless a token has no other open expert.
+        """
         return None
 
     def freeze_shared(self, frozen: bool = True) -> None:

@@ -22,12 +22,13 @@ class DensityRouter(Router):
 
     score(expert e) = log sum_c (n_c / n_e) exp(s_c(x)) over the classes c of e, where s_c is the class's own score
     (a raw log-likelihood, or minus a squared distance). The best k experts are chosen; their weights are the softmax
-    of their scores, so that k = 1 has weight 1. An expert that has observed nothing is not chosen, unless none has.
+    of their scores, so that k = 1 has weight 1. An expert that has observed nothing is chosen only where no expert
+    that has is open.
 
     Args:
         in_features: D.
         per_class: one row for each class; False for one row for each expert.
-        top_k: experts for each token.
+        top_k: experts for each token, fewer while the pool is smaller; a call's own top_k has to fit the pool.
     """
 
     def __init__(self, in_features: int, per_class: bool = True, top_k: int = 1):
@@ -55,6 +56,8 @@ class DensityRouter(Router):
     def check_pool(self, num_experts: int, top_k: int | None = None) -> None:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if top_k is not None and top_k > num_experts:
+            raise ValueError(f"top_k={top_k} experts cannot be chosen out of {num_experts}")
 
     @abstractmethod
     def class_score(self, x: Tensor, rows: Rows) -> Tensor:
@@ -73,7 +76,7 @@ class DensityRouter(Router):
         Returns:
             log n_c + s_c(x) of shape (T, R), and the labels (R,).
         """
-        return self.class_score(x, rows) + rows["count"].log(), rows["label"]
+        return self.class_score(at_least_float32(x), rows) + at_least_float32(rows["count"]).log(), rows["label"]
 
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         x = at_least_float32(x)
@@ -81,11 +84,14 @@ class DensityRouter(Router):
         owner = rows.owner("label")
         if len(owner) == 0:
             return x.new_zeros(x.shape[0], num_experts) + 0 * x.sum(1, keepdim=True)  # keeps NaN visible
-        count = rows["count"]
+        count = at_least_float32(rows["count"])
         total = count.new_zeros(num_experts).index_add(0, owner, count)
         joint = self.class_score(x, rows) + (count / total[owner]).log()
-        mine = owner == torch.arange(num_experts, device=x.device).unsqueeze(1)  # (E, R)
-        return joint.unsqueeze(1).masked_fill(~mine, -torch.inf).logsumexp(2)
+        # log-sum-exp over each expert's own rows, one after the other: not a bit depends on who else is in the pool
+        top = joint.new_full((len(x), num_experts), -torch.inf)
+        top = top.scatter_reduce(1, owner.expand_as(joint), joint.detach(), "amax")
+        mass = (joint - top[:, owner]).exp()
+        return mass.new_zeros(top.shape).index_add(1, owner, mass).log() + top
 
     def scored_experts(self, rows: Rows) -> Tensor | None:
         owner = rows.owner("label")
@@ -112,7 +118,8 @@ class DensityRouter(Router):
             x: (n, D).
             labels: (n,) int64; needed where classes are told apart.
         Raises:
-            ValueError: on a frozen expert, missing labels, a wrong shape, or a non-finite input.
+            ValueError: on a frozen expert, missing labels, a wrong shape, or a non-finite input; nothing is changed
+                then.
         """
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"features of shape (n, {self.in_features}) are needed, got {tuple(x.shape)}")
@@ -122,8 +129,8 @@ class DensityRouter(Router):
             raise ValueError(f"expert {expert_id} is frozen: its statistics are never written")
         if not self.per_class:
             labels = torch.full((len(x),), SINGLE_CLASS)
-        if labels is None or len(labels) != len(x):
-            raise ValueError(f"one label for each of the {len(x)} rows is needed (or per_class=False)")
+        if labels is None or labels.shape != x.shape[:1] or labels.is_floating_point():
+            raise ValueError(f"one integer label for each of the {len(x)} rows is needed (or per_class=False)")
         x, labels = at_least_float32(x), labels.to(x.device)
         growables = {name: pool.growable(namespace, name) for name in self.row_specs()}
         state = {name: growable.stack([expert_id]).clone() for name, growable in growables.items()}
@@ -176,8 +183,8 @@ class GaussianRouter(DensityRouter):
     def class_score(self, x: Tensor, rows: Rows) -> Tensor:
         parts = zip(rows["mean"], rows["whiten"], rows["log_norm"], strict=True)
         # one class after the other: all at once would need T * R * D numbers
-        scores = [norm - 0.5 * ((x - mean) @ whiten).square().sum(1) for mean, whiten, norm in parts]
-        return torch.stack(scores, 1)
+        scores = [norm - 0.5 * ((x - mean) @ whiten.to(x.dtype)).square().sum(1) for mean, whiten, norm in parts]
+        return torch.stack(scores, 1) if scores else x.new_zeros(len(x), 0)
 
     def merge(self, old: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
         n, seen = len(x), old["count"].double()

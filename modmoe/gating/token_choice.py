@@ -48,7 +48,7 @@ class DenseRouter(Router):
             raise ValueError(f"a dense router uses all {num_experts} experts: it takes no top_k")
 
     def score(self, x: Tensor, rows: Rows) -> Tensor:
-        return at_least_float32(F.linear(x, rows["weight"], rows["bias"]))
+        return F.linear(*(at_least_float32(t) for t in (x, rows["weight"], rows["bias"])))
 
     def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         probs = logits.softmax(1)
@@ -74,7 +74,7 @@ class TopKRouter(Router):
         order: see above.
         renormalize: None for True with k > 1 and False with k = 1.
     Raises:
-        ValueError: on k < 1, an unknown order, or "topk_softmax" that is not to be renormalised for k > 1.
+        ValueError: on k < 1, an unknown order, or "topk_softmax" with renormalize=False.
     Source:
         Shazeer et al. 2017 (softmax after selection); Fedus et al. 2021 (k = 1); Jiang et al. 2024 (Mixtral).
     """
@@ -121,7 +121,7 @@ class TopKRouter(Router):
             raise ValueError(f"top_k={k} experts cannot be chosen out of {num_experts}")
 
     def score(self, x: Tensor, rows: Rows) -> Tensor:
-        return at_least_float32(F.linear(x, rows["weight"]))
+        return F.linear(at_least_float32(x), at_least_float32(rows["weight"]))
 
     def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
         k = self.top_k if top_k is None else top_k

@@ -49,6 +49,7 @@ def run_bmm(expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor
     capacity = x.shape[0] if torch.compiler.is_compiling() else int(one_hot[:, :-1].sum(0).max()) if len(local) else 0
     slot = torch.where(local < 0, num_experts * capacity, slot_expert * capacity + place)
     padded = x.new_zeros(num_experts * capacity + 1, x.shape[1]).index_copy(0, slot, x)
-    y = expert.compute(padded[:-1].view(num_experts, capacity, -1), BatchedOps(tensors)).flatten(0, 1)
+    slots = padded[:-1].view(num_experts, capacity, x.shape[1])
+    y = expert.compute(slots, BatchedOps(tensors)).flatten(0, 1)
     y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # the last slot answers for dropped assignments
     return y.index_select(0, slot)

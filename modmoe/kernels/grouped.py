@@ -60,6 +60,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if pad_in or pad_out:
         x = F.pad(x, (0, pad_in))
         weight = F.pad(weight, (0, pad_out, 0, pad_in))
+    x = x.contiguous()  # a slice of a wider tensor may have rows that grouped_mm rejects
     if torch.compiler.is_compiling():
         y = torch.ops.modmoe.grouped_mm(x, weight, offsets)
     else:
@@ -71,9 +72,12 @@ class GroupedMM(torch.autograd.Function):
     """grouped_mm with zeros in unowned rows, gradients of any layout, and no work for a weight without gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
+    def forward(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return _forward(x, weight, offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # apart from forward, as torch.func needs it
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
@@ -88,9 +92,12 @@ class GroupedOuter(torch.autograd.Function):
     """x_e^T g_e for every run e: (N, D), (N, H) -> (E, D, H). The weight gradient, itself differentiable."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(x, grad, offsets)
+    def forward(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
         return _outer(x, grad, offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

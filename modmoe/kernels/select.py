@@ -71,7 +71,7 @@ def combine(outputs: Tensor, routing: Routing) -> Tensor:
     """Weighted sum over each token's assignments: (N, D_out) -> (T, D_out)."""
     weighted = outputs * routing.weight.to(outputs.dtype).unsqueeze(1)
     if routing.top_k is not None:
-        return weighted.view(routing.num_tokens, routing.top_k, -1).sum(1)
+        return weighted.view(routing.num_tokens, routing.top_k, weighted.shape[1]).sum(1)
     return weighted.new_zeros(routing.num_tokens, weighted.shape[1]).index_add(0, routing.token_index, weighted)
 
 
