@@ -102,11 +102,8 @@ def _run(arguments: list[str]) -> int:
         config_class = load_config_class(str(experiment))
     except UnknownExperimentError as error:
         raise _UsageError(f"{file}: {error}") from error
-    keys = _Keys(config_class, f"modmoe run {file}")
-    if wants_help:
-        print(keys.help())
-        return 0
-
+    program = f"modmoe run {file}"
+    keys = _Keys(config_class(), program)
     seeds = keys.from_yaml("seeds", settings.pop("seeds", 1), str(file))
     out = Path("runs") / file.stem
     changes = keys.flatten(settings, str(file))
@@ -124,6 +121,9 @@ def _run(arguments: list[str]) -> int:
         config = _replaced(config_class(), changes)
     except ValueError as error:  # a config dataclass checks its values in __post_init__
         raise _UsageError(f"{file}: {error}") from error
+    if wants_help:  # with the values that would be run
+        print(_Keys(config, program, seeds, out).help())
+        return 0
 
     from modmoe.experiments.runner import run_experiment
 
@@ -179,19 +179,19 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 class _Keys:
-    """The settings of one experiment: each leaf of its config dataclass, by dotted key, with its type."""
+    """The settings of one experiment: each leaf of its config dataclass, by dotted key, with its type and value."""
 
-    def __init__(self, config_class: type, program: str) -> None:
+    def __init__(self, config: Any, program: str, seeds: int = 1, out: Path = Path("runs")) -> None:
         from jsonargparse import ArgumentParser
 
         self._parser = ArgumentParser(
-            prog=program, description=_summary(config_class), exit_on_error=False, allow_abbrev=False
+            prog=program, description=_summary(type(config)), exit_on_error=False, allow_abbrev=False
         )
         self._types: dict[str, Any] = {"seeds": int, "out": str}
         self._groups: set[str] = set()
-        self._parser.add_argument("--seeds", type=int, default=1, help="number of seeds")
-        self._parser.add_argument("--out", type=str, default="runs/<name of CONFIG>", help="folder for the results")
-        self._add(config_class(), "", "settings")
+        self._parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
+        self._parser.add_argument("--out", type=str, default=str(out), help="folder for the results")
+        self._add(config, "", "settings")
 
     def _add(self, config: Any, prefix: str, title: str) -> None:
         group = self._parser.add_argument_group(title)

@@ -8,15 +8,19 @@ optimizers and regularisers do not see them. All bookkeeping is copied on write,
 
 import json
 import math
+import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+BANK_NAME = re.compile(r"c\d+|frozen_[\dx]*")
+
+Book = TypeVar("Book")
 
 
 class Row(NamedTuple):
@@ -106,7 +110,7 @@ class Growable(nn.Module):
 
     def banks(self) -> list[tuple[Tensor, tuple[Row, ...], bool]]:
         """Every bank as (tensor (R, *row_shape), its rows, frozen or not)."""
-        return [(getattr(self, name), rows, _is_frozen(name)) for name, rows in self._banks.items()]
+        return [(getattr(self, name), rows, is_frozen(name)) for name, rows in self._banks.items()]
 
     def owner_positions(self, ids: Sequence[int]) -> list[int]:
         """For each row that :meth:`stack` returns: the position of its owner in ``ids``."""
@@ -191,7 +195,7 @@ class Growable(nn.Module):
         self.check_rows(values)
         if len(owners) != values.shape[0]:
             raise ValueError(f"{len(owners)} owners for {values.shape[0]} rows")
-        frozen = {row.owner for name, rows in self._banks.items() if _is_frozen(name) for row in rows}
+        frozen = {row.owner for name, rows in self._banks.items() if is_frozen(name) for row in rows}
         if frozen & set(owners):
             raise ValueError(f"experts {sorted(frozen & set(owners))} are frozen: unfreeze them to add rows")
         if owners:
@@ -220,7 +224,7 @@ class Growable(nn.Module):
         taken = []
         for name, rows in list(self._banks.items()):
             cut = [index for index, row in enumerate(rows) if row.owner in owners]
-            if _is_frozen(name) != frozen or not cut:
+            if is_frozen(name) != frozen or not cut:
                 continue
             tensor = getattr(self, name).detach()
             rest = [index for index, row in enumerate(rows) if row.owner not in owners]
@@ -280,31 +284,43 @@ class Growable(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         if prefix + "_extra_state" in state_dict:
-            self._rebuild(decode_book(state_dict[prefix + "_extra_state"]), state_dict, prefix)
+            self._rebuild(self.read_state(state_dict, prefix), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _rebuild(self, book: dict, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Give this module the banks that ``book`` names, with the shapes in ``state_dict``."""
-        banks = {name: tuple(Row(*row) for row in rows) for name, rows in book["banks"].items()}
-        for name, rows in banks.items():
+    def read_state(self, state_dict: Mapping[str, Tensor], prefix: str) -> "RowBook":
+        """The book of this module's part of a state dict, once it is sure that it can be loaded; changes nothing.
+
+        Raises:
+            ValueError: on a book that cannot be read, and on banks that are missing or of another shape.
+        """
+        book = decode_book(state_dict[prefix + "_extra_state"], RowBook.parse)
+        for name, rows in book.banks.items():
             if prefix + name not in state_dict:
                 raise ValueError(f"the state dict names the bank '{prefix}{name}' but does not hold it")
             self.check_rows(state_dict[prefix + name])
             if state_dict[prefix + name].shape[0] != len(rows):
                 raise ValueError(f"the bank '{prefix}{name}' does not have the {len(rows)} rows of its book")
-        self._next_cohort = max(self._next_cohort, book["next_cohort"])
-        self._next_row = max(self._next_row, book["next_row"])
+        return book
+
+    def _rebuild(self, book: "RowBook", state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Give this module the banks that ``book`` names, with the shapes in ``state_dict``."""
+        banks = book.banks
+        self._next_cohort, self._next_row = book.next_cohort, book.next_row
         if banks == self._banks and all(getattr(self, name).shape == state_dict[prefix + name].shape for name in banks):
             return  # the same structure: keep the tensors that an optimizer may hold
         for name in list(self._banks):
             self._drop(name)
+        self._forget()
         for name, rows in banks.items():
             values = torch.empty_like(state_dict[prefix + name], dtype=self._anchor.dtype, device=self._anchor.device)
-            if _is_frozen(name):
+            if is_frozen(name):
                 self._store_frozen(name, values, rows)
             else:
                 self._store_cohort(name, values)
                 self._set_banks({**self._banks, name: rows})
+
+    def _forget(self) -> None:
+        """Rows of before a load are none of those after it, whatever their numbers."""
 
 
 class GrowableParameter(Growable):
@@ -332,10 +348,13 @@ class GrowableParameter(Growable):
         self.register_parameter(name, nn.Parameter(values))
 
     def _drop(self, name: str) -> None:
-        if not _is_frozen(name):
+        if not is_frozen(name):
             record = (weakref.ref(getattr(self, name)), self._banks[name])
             self._retired = (*(entry for entry in self._retired if entry[0]() is not None), record)
         super()._drop(name)
+
+    def _forget(self) -> None:
+        self._retired = tuple((reference, ()) for reference, _ in self._retired)
 
     def __getstate__(self) -> dict:
         # deepcopy and pickle cannot follow a weak reference; deepcopy's memo keeps model and optimizer together.
@@ -369,12 +388,30 @@ class GrowableBuffer(Growable):
             for index, row in enumerate(rows)
             if row.owner == owner
         )
-        if any(_is_frozen(name) for _, name, _ in places):
+        if any(is_frozen(name) for _, name, _ in places):
             raise ValueError(f"expert {owner} is frozen: its statistics are never written")
         if len(places) != values.shape[0]:
             raise ValueError(f"expert {owner} has {len(places)} rows here, got {values.shape[0]}")
+        banks = {name: getattr(self, name).clone() for _, name, _ in places}  # a module's clone shares its buffers
         for value, (_, name, index) in zip(values, places, strict=True):
-            getattr(self, name)[index] = value
+            banks[name][index] = value
+        for name, bank in banks.items():
+            setattr(self, name, bank)
+
+
+class RowBook(NamedTuple):
+    """The bookkeeping of one growable as a state dict holds it."""
+
+    banks: dict[str, tuple[Row, ...]]
+    next_cohort: int
+    next_row: int
+
+    @classmethod
+    def parse(cls, book: dict) -> "RowBook":
+        banks = {name: tuple(Row(*row) for row in rows) for name, rows in book["banks"].items()}
+        if not all(BANK_NAME.fullmatch(name) for name in banks):
+            raise ValueError(f"unknown names of banks in {sorted(banks)}")
+        return cls(banks, int(book["next_cohort"]), int(book["next_row"]))
 
 
 def encode_book(book: dict) -> Tensor:
@@ -382,21 +419,24 @@ def encode_book(book: dict) -> Tensor:
     return torch.tensor(list(json.dumps(book).encode()), dtype=torch.uint8)
 
 
-def decode_book(tensor: Tensor) -> dict:
+def decode_book(tensor: Tensor, parse: Callable[[dict], Book]) -> Book:
     """The inverse of :func:`encode_book`.
 
+    Args:
+        tensor: uint8.
+        parse: makes the result out of the JSON object.
     Raises:
         ValueError: if it is not a book, or one of a newer format.
     """
     try:
         book = json.loads(bytes(tensor.tolist()))
-        version = book["version"]
-    except (ValueError, TypeError, KeyError) as error:
+        version = int(book["version"])
+        if version <= FORMAT_VERSION:
+            return parse(book)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError("the state dict's book of rows cannot be read") from error
-    if version > FORMAT_VERSION:
-        raise ValueError(f"the state dict has format {version}, this modmoe reads up to {FORMAT_VERSION}")
-    return book
+    raise ValueError(f"the state dict has format {version}, this modmoe reads up to {FORMAT_VERSION}")
 
 
-def _is_frozen(name: str) -> bool:
+def is_frozen(name: str) -> bool:
     return name.startswith("frozen")

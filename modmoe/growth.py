@@ -31,8 +31,13 @@ def grow(
 
     Returns:
         pool name -> new ids, which :func:`freeze`, :func:`unfreeze` and :func:`remove` take.
+    Raises:
+        ValueError: if one pool refuses; none has grown then.
     """
-    return {name: pool.add_experts(n, init=init, task=task) for name, pool in pools(module).items()}
+    found = pools(module)
+    for pool in found.values():
+        pool.check_growth(n, init=init, task=task)
+    return {name: pool.add_experts(n, init=init, task=task) for name, pool in found.items()}
 
 
 def freeze(module: nn.Module, ids: Ids | None = None) -> None:
@@ -107,12 +112,17 @@ def count_parameters(module: nn.Module) -> ParameterCount:
 
 def _chosen(module: nn.Module, ids: Ids | None) -> list[tuple[ExpertPool, Sequence[int] | None]]:
     found = pools(module)
-    if not isinstance(ids, Mapping):
-        return [(pool, ids) for pool in found.values()]
-    unknown = sorted(set(ids) - set(found))
-    if unknown:
-        raise ValueError(f"no pools named {unknown}, the model has {sorted(found)}")
-    return [(found[name], chosen) for name, chosen in ids.items()]
+    if isinstance(ids, Mapping):
+        unknown = sorted(set(ids) - set(found))
+        if unknown:
+            raise ValueError(f"no pools named {unknown}, the model has {sorted(found)}")
+        chosen = [(found[name], some) for name, some in ids.items()]
+    else:
+        chosen = [(pool, ids) for pool in found.values()]
+    for pool, some in chosen:  # all of them before the first one changes
+        for expert_id in some or ():
+            pool.record(expert_id)
+    return chosen
 
 
 __all__ = ["ParameterCount", "count_parameters", "freeze", "grow", "pools", "remove", "unfreeze"]

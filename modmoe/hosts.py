@@ -1,6 +1,7 @@
 """Import a host library (Avalanche, Stable-Baselines3, ...) only when it is used, with a helpful error."""
 
 import importlib
+import warnings
 from types import ModuleType
 
 from modmoe.errors import MissingExtraError
@@ -30,7 +31,9 @@ def import_host(name: str) -> ModuleType:
     """
     top = name.partition(".")[0]
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a host's import-time notices are nothing its user here can mend
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         # A module missing inside the host is the host's fault and keeps its own traceback.
         if error.name != top:

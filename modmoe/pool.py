@@ -19,6 +19,7 @@ from modmoe.growable import (
     RowSpec,
     decode_book,
     encode_book,
+    is_frozen,
 )
 
 Task = str | int
@@ -275,6 +276,36 @@ class ExpertPool(nn.Module):
             ValueError: on n < 1, an unknown size, a frozen or unknown source, or a router for which a copy would
                 change the layer's function. Nothing is changed then.
         """
+        merged, source = self.check_growth(n, init, task, source, **sizes)
+        new_ids = list(range(self._next_id, self._next_id + n))
+        drawn: list[tuple[Growable, list[int], Tensor]] = []  # all of it before the first change
+        for namespace, specs in self._specs.items():
+            for name, growable in self._growables(namespace).items():
+                if init == "copy":
+                    rows = growable.stack([cast(int, source)]) if growable.num_rows else growable.like
+                    count, values = rows.shape[0], rows.repeat(n, *([1] * (rows.dim() - 1)))
+                else:
+                    count = specs[name].count
+                    values = specs[name].draw(n * count, merged, growable.like) if count else growable.like
+                if count:
+                    drawn.append((growable, [expert_id for expert_id in new_ids for _ in range(count)], values))
+        for growable, owners, values in drawn:
+            growable.add(owners, values)
+        if init == "copy":
+            self._split(cast(int, source), new_ids)
+        self._next_id += n
+        self._set_book({**self._book, **{i: ExpertRecord(i, task, False, dict(merged)) for i in new_ids}})
+        return new_ids
+
+    def check_growth(
+        self,
+        n: int = 1,
+        init: Literal["fresh", "copy"] = "fresh",
+        task: Task | None = None,
+        source: int | None = None,
+        **sizes: int,
+    ) -> tuple[dict[str, int], int | None]:
+        """Raise the ValueError that :meth:`add_experts` would; returns the new experts' sizes and the source."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}: a pool without experts computes nothing")
         if task is not None and not isinstance(task, Task):
@@ -295,26 +326,7 @@ class ExpertPool(nn.Module):
             raise ValueError(
                 f"init is 'fresh' or 'copy' (which may name a source), got init={init!r}, source={source!r}"
             )
-
-        new_ids = list(range(self._next_id, self._next_id + n))
-        drawn: list[tuple[Growable, list[int], Tensor]] = []  # all of it before the first change
-        for namespace, specs in self._specs.items():
-            for name, growable in self._growables(namespace).items():
-                if init == "copy":
-                    rows = growable.stack([cast(int, source)]) if growable.num_rows else growable.like
-                    count, values = rows.shape[0], rows.repeat(n, *([1] * (rows.dim() - 1)))
-                else:
-                    count = specs[name].count
-                    values = specs[name].draw(n * count, merged, growable.like) if count else growable.like
-                if count:
-                    drawn.append((growable, [expert_id for expert_id in new_ids for _ in range(count)], values))
-        for growable, owners, values in drawn:
-            growable.add(owners, values)
-        if init == "copy":
-            self._split(cast(int, source), new_ids)
-        self._next_id += n
-        self._set_book({**self._book, **{i: ExpertRecord(i, task, False, dict(merged)) for i in new_ids}})
-        return new_ids
+        return merged, source
 
     def _copy_source(self, source: int | None) -> int:
         if source is None:
@@ -421,12 +433,48 @@ class ExpertPool(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the book of a state dict; the rows rebuild themselves from theirs."""
-        book = decode_book(state)
-        self._set_book({record["id"]: ExpertRecord(**record) for record in book["experts"]})
-        self._next_id = max(self._next_id, book["next_id"])
+        book, self._next_id = decode_book(state, _parse_book)
+        self._set_book(book)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_state(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise ValueError if a state dict does not fit this pool, before its first part is loaded."""
+        start, end = f"{prefix}rows.", "._extra_state"
+        stored = sorted(k[len(start) : -len(end)] for k in state_dict if k.startswith(start) and k.endswith(end))
+        if prefix + "_extra_state" not in state_dict:
+            if stored:
+                raise ValueError(f"the state dict has rows {stored} but no book '{prefix}_extra_state'")
+            return  # nothing of this pool: a missing key, which load_state_dict reports
+        book, _ = decode_book(state_dict[prefix + "_extra_state"], _parse_book)
+        growables = {
+            f"{namespace}.{name}": growable
+            for namespace in self.namespaces
+            for name, growable in self._growables(namespace).items()
+        }
+        if stored != sorted(growables):
+            raise ValueError(f"the state dict has the rows {stored}, this pool has {sorted(growables)}")
+        for name, growable in growables.items():
+            owners: list[int] = []
+            for bank, rows in growable.read_state(state_dict, f"{start}{name}.").banks.items():
+                owners += [row.owner for row in rows]
+                if any(row.owner not in book or book[row.owner].frozen != is_frozen(bank) for row in rows):
+                    raise ValueError(f"the owners of '{prefix}rows.{name}.{bank}' do not agree with the pool's book")
+            if name.startswith("expert.") and sorted(owners) != sorted(book):
+                raise ValueError(f"experts {sorted(book)} need one row each in '{name}', they have {sorted(owners)}")
 
     def extra_repr(self) -> str:
         return f"{self.expert}, num_experts={self.num_experts}, frozen={len(self.frozen_ids)}"
+
+
+def _parse_book(book: dict) -> tuple[dict[int, ExpertRecord], int]:
+    """The records by id, and the next id."""
+    records = {record["id"]: ExpertRecord(**record) for record in book["experts"]}
+    if not records:
+        raise ValueError("a pool keeps at least one expert")
+    return records, int(book["next_id"])
 
 
 def _allow_new_graphs() -> None:

@@ -50,11 +50,13 @@ class MethodRecord:
         matrices: title -> Matrix, for instance ``"accuracy"`` (rows: after task i, columns: task j) and
             ``"routing"`` (rows: task, columns: expert).
         series: name -> one number per step, for instance ``"num_experts"`` after each task.
+        about: one sentence on what the method is, for the report.
     """
 
     metrics: dict[str, float]
     matrices: dict[str, Matrix] = field(default_factory=dict)
     series: dict[str, list[float]] = field(default_factory=dict)
+    about: str = ""
 
 
 def summarise(per_seed: list[dict[str, MethodRecord]]) -> dict[str, dict[str, dict]]:

@@ -14,7 +14,12 @@ _STEPS = 21  # shades of the heat maps; the eye cannot tell more apart
 
 
 def write_report(
-    path: str | Path, title: str, config: dict, summary: dict, matrices: dict[str, dict[str, Matrix]]
+    path: str | Path,
+    title: str,
+    config: dict,
+    summary: dict,
+    matrices: dict[str, dict[str, Matrix]],
+    about: dict[str, str] | None = None,
 ) -> None:
     """Write ``report.html``: the result table, every method's matrices as heat maps, and the config.
 
@@ -27,6 +32,7 @@ def write_report(
         config: the settings of the run, shown as they are.
         summary: what `summarise` gives.
         matrices: what `mean_matrices` gives; methods are shown in this order.
+        about: method -> one sentence on what it is.
     """
     path = Path(path)
     num_seeds = _num_seeds(summary)
@@ -44,7 +50,7 @@ def write_report(
         title=escape(title),
         css=_CSS + _shades(),
         lead=f"{experiment}{methods}, {seeds} each. {interval}{averaged if titles and num_seeds > 1 else ''}",
-        results=_results(summary),
+        results=_results(summary) + _about(about or {}),
         maps="".join(_maps(name, matrices) for name in titles),
         config=_config_rows(config),
         logdir=escape(str(path.parent / "tensorboard")),
@@ -123,6 +129,11 @@ def _results(summary: dict) -> str:
         f'<thead><tr><th scope="col">method</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>" + (f'<p class="note">{note}</p>' if note else "")
     )
+
+
+def _about(about: dict[str, str]) -> str:
+    entries = [f"<dt>{_wrappable(method)}</dt><dd>{escape(text)}</dd>" for method, text in about.items() if text]
+    return f'<dl class="about">{"".join(entries)}</dl>' if entries else ""
 
 
 def _maps(title: str, matrices: dict[str, dict[str, Matrix]]) -> str:
@@ -242,6 +253,9 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 .results th:first-child { text-align: left; position: sticky; left: 0; background: var(--card) }
 .results tbody th { font-weight: 600; min-width: 8ch }
 .half { color: var(--muted) }
+.about { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 16px 0 0; font-size: 14px }
+.about dt { font-weight: 600 } .about dd { margin: 0; color: var(--muted) }
+@media (max-width: 600px) { .about { grid-template-columns: 1fr } .about dd { margin-bottom: 8px } }
 .note { margin: 8px 0 0; font-size: 13px; color: var(--muted) }
 .maps { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start }
 figure { margin: 0; padding: 14px 16px 16px; max-width: 100% }

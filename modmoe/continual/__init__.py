@@ -2,7 +2,7 @@
 
 from modmoe.hosts import import_host
 
-import_host("avalanche")
+import_host("avalanche.training")
 
 from modmoe.continual.classifier import UNKNOWN, PoolClassifier, task_positions  # noqa: E402
 from modmoe.continual.plugin import ExpertPoolPlugin  # noqa: E402

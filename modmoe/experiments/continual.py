@@ -26,6 +26,20 @@ GATES: dict[str, Callable[["ContinualConfig", int], DensityRouter]] = {
     "prototype": lambda config, d: PrototypeRouter(d),
 }
 
+ABOUT = {
+    "pool": "a growing pool; each sample goes to the expert whose {gate} explains it best",
+    "oracle": "the experts of 'pool', told the task of each test sample: what perfect routing would give",
+    "router_only": "the gate of 'pool' as a classifier of its own, without any expert",
+    "naive": "one MLP trained on the tasks in sequence",
+    "replay": "the same MLP with stored samples of earlier tasks",
+    "joint": "the same MLP trained on all tasks at once",
+}
+GATE_NAMES = {
+    "gaussian": "Gaussian for each class",
+    "gaussian_per_expert": "one Gaussian for each expert",
+    "prototype": "nearest class mean",
+}
+
 
 @dataclass
 class ContinualConfig:
@@ -72,11 +86,14 @@ class ContinualConfig:
         for gate in others:
             progress(f"pool_{gate}")
             records[f"pool_{gate}"] = _run_pool(self, tasks, gate, seed)["pool"]
-        records["oracle"], records["router_only"] = pool["oracle"], pool["router_only"]
+        records |= {name: record for name, record in pool.items() if name != "pool"}
         parameters = pool["pool"].metrics["parameters"]
         for name in ("naive", "replay", "joint"):
             progress(name)
             records[name] = _run_mlp(self, tasks, name, seed, parameters)
+        for name, record in records.items():
+            gate = name.removeprefix("pool_") if name.startswith("pool_") else self.gate
+            record.about = ABOUT["pool" if name.startswith("pool") else name].format(gate=GATE_NAMES[gate])
         return records
 
 

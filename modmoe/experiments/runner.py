@@ -62,9 +62,10 @@ def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | P
             summary = summarise(per_seed)  # after every seed: a method that lost a metric is told at once
             bar.update()
 
+    about = {method: record.about for method, record in per_seed[0].items()}
     results = {"config": settings, "methods": summary}
     _write_json(out / "metrics.json", results)
-    write_report(out / "report.html", f"modmoe: {name}", settings, summary, mean_matrices(per_seed))
+    write_report(out / "report.html", f"modmoe: {name}", settings, summary, mean_matrices(per_seed), about)
     print(_text_table(summary))
     print()
     for label, path in (

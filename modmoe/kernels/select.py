@@ -53,7 +53,7 @@ def compute_assignments(
         if partial and eager:  # only this group's assignments; a compiled graph needs static sizes and keeps all
             part = (local >= 0).nonzero().squeeze(1)
             token, local = token.index_select(0, part), local.index_select(0, part)
-        name = backend if backend != "auto" else choose_backend(len(group.ids), len(token), x.dtype, x.device)
+        name = backend if backend != "auto" else choose_backend(len(group.ids), x.shape[0], x.dtype, x.device)
         if name == "dense":
             y = run_dense(expert, group.tensors, x, token, local)
         else:

@@ -1,0 +1,482 @@
+"""Every backend against `reference`: outputs and every gradient, eager and on the path that torch.compile takes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modmoe import DenseRouter, ExpertPool, GaussianRouter, MLPExpert, MoELayer, Routing, TopKRouter
+from modmoe.kernels.select import BACKENDS, choose_backend, combine, compute_assignments
+
+FAST = tuple(backend for backend in BACKENDS if backend != "reference")
+
+
+def routing_of(token: list[int], expert: list[int], weight: list[float], num_tokens: int, num_experts: int, **kwargs):
+    return Routing(
+        token_index=torch.tensor(token),
+        expert_index=torch.tensor(expert),
+        weight=torch.tensor(weight),
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        logits=torch.zeros(num_tokens, num_experts),
+        probs=torch.full((num_tokens, num_experts), 1 / num_experts),
+        **kwargs,
+    )
+
+
+def scalar_experts() -> ExpertPool:
+    """Three experts on one feature: f_0(x) = 2 relu(x) + 1, f_1(x) = 3 relu(-x), f_2(x) = 5."""
+    pool = ExpertPool(MLPExpert(1, 1, activation="relu"), 3)
+    values = {
+        "w_in": torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1),
+        "b_in": torch.zeros(3, 1),
+        "w_out": torch.tensor([2.0, 3.0, 0.0]).view(3, 1, 1),
+        "b_out": torch.tensor([1.0, 0.0, 5.0]).view(3, 1),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            pool.growable("expert", name).banks()[0][0].copy_(value)
+    return pool
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_scalar_experts_by_hand(backend):
+    pool = scalar_experts()
+    x = torch.tensor([[2.0], [-1.0]], requires_grad=True)
+    routing = routing_of([0, 0, 1, 1], [0, 2, 1, -1], [0.25, 0.75, 2.0, 0.0], 2, 3, top_k=2)
+    outputs = compute_assignments(pool.groups(), pool.expert, x, routing, backend)
+    # f_0(2) = 2 * 2 + 1 = 5; f_2(2) = 5; f_1(-1) = 3 * 1 = 3; the fourth was dropped.
+    assert outputs.tolist() == [[5.0], [5.0], [3.0], [0.0]]
+    y = combine(outputs, routing)
+    # .25 * 5 + .75 * 5 = 5; 2 * 3 + 0 = 6
+    assert y.tolist() == [[5.0], [6.0]]
+    y.sum().backward()
+    # d/dx_0 = .25 * f_0' = .25 * 2 = .5; d/dx_1 = 2 * f_1' = 2 * (3 * -1) = -6
+    assert x.grad is not None
+    assert x.grad.tolist() == [[0.5], [-6.0]]
+    grads = {name: pool.growable("expert", name).banks()[0][0].grad for name in ("w_in", "b_in", "w_out", "b_out")}
+    # w_in_0: .25 * w_out 2 * x 2 = 1; w_in_1: 2 * 3 * x -1 = -6; w_in_2: w_out is 0, and relu(0) is closed
+    assert grads["w_in"].flatten().tolist() == [1.0, -6.0, 0.0]
+    assert grads["b_in"].flatten().tolist() == [0.5, 6.0, 0.0]
+    # w_out_0: .25 * relu(2) = .5; w_out_1: 2 * relu(1) = 2; w_out_2: .75 * relu(0) = 0
+    assert grads["w_out"].flatten().tolist() == [0.5, 2.0, 0.0]
+    assert grads["b_out"].flatten().tolist() == [0.25, 2.0, 0.75]  # the weights themselves
+
+
+def test_combine_takes_triples_in_any_order():
+    outputs = torch.tensor([[1.0], [10.0], [100.0]])
+    routing = routing_of([1, 0, 1], [0, 1, 2], [0.5, 2.0, 0.25], 3, 3)
+    # token 0: 2 * 10 = 20; token 1: .5 * 1 + .25 * 100 = 25.5; token 2 has no assignment
+    assert combine(outputs, routing).tolist() == [[20.0], [25.5], [0.0]]
+
+
+# -- the contract: fast backends equal reference -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One situation: how the pool is made, and what the call is given."""
+
+    num_tokens: int = 17
+    sizes: tuple[int, int, int] = (8, 16, 8)
+    num_experts: int = 4
+    top_k: int = 2
+    wider: int = 0  # experts of another hidden size, added later
+    freeze: tuple[int, ...] = ()
+    mask: bool = False
+    tasks: bool = False
+    only: tuple[int, ...] = ()  # experts that are open; the others stay empty
+    dense_gate: bool = False
+
+    def layer(self, dtype: torch.dtype) -> MoELayer:
+        torch.manual_seed(0)
+        task = "a" if self.tasks else None
+        pool = ExpertPool(MLPExpert(*self.sizes), self.num_experts, task=task)
+        router = DenseRouter(self.sizes[0]) if self.dense_gate else TopKRouter(self.sizes[0], self.top_k)
+        layer = MoELayer(pool, router, backend="reference")
+        if self.wider:
+            layer.add_experts(self.wider, task="b" if self.tasks else None, hidden_features=self.sizes[1] + 5)
+        if self.tasks:
+            layer.add_experts(1)
+        if self.freeze:
+            layer.freeze(list(self.freeze))
+        return layer.to(dtype)
+
+    def inputs(self, layer: MoELayer, dtype: torch.dtype) -> tuple[Tensor, dict]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.num_tokens, self.sizes[0], generator=generator, dtype=dtype)
+        options: dict = {}
+        if self.mask:
+            options["mask"] = torch.rand(self.num_tokens, generator=generator) < 0.6
+            x[~options["mask"]] = torch.nan
+            x[~options["mask"], 0] = torch.inf
+        if self.tasks:
+            options["task_ids"] = ["ab"[index % 2] for index in range(self.num_tokens)]
+        if self.only:
+            options["expert_mask"] = torch.tensor([i in self.only for i in range(layer.pool.num_experts)])
+        return x, options
+
+
+CASES = {
+    "plain": Case(),
+    "empty_experts": Case(num_experts=6, only=(1, 4)),
+    "no_tokens": Case(num_tokens=0),
+    "one_token": Case(num_tokens=1),
+    "all_experts_chosen": Case(top_k=4),
+    "dense_gate": Case(dense_gate=True),
+    "top_1": Case(top_k=1),
+    "padding": Case(mask=True),
+    "all_padding_but_few": Case(num_tokens=3, mask=True),
+    "different_hidden_sizes": Case(wider=3, top_k=3),
+    "unaligned": Case(sizes=(5, 7, 3)),
+    "unaligned_out": Case(sizes=(8, 8, 1), mask=True),
+    "partly_frozen": Case(freeze=(0, 2)),
+    "all_frozen": Case(freeze=(0, 1, 2, 3)),
+    "tasks": Case(num_experts=2, tasks=True, wider=2),
+    "one_expert": Case(num_experts=1, top_k=1),
+    "one_frozen_expert": Case(num_experts=1, top_k=1, freeze=(0,)),
+    "many_tokens": Case(num_tokens=200, num_experts=7),
+    "everything": Case(5, (5, 7, 3), 3, 3, wider=2, freeze=(0, 3), mask=True, tasks=True),
+    "everything_wide": Case(70, (8, 12, 4), 3, 2, wider=2, freeze=(1,), mask=True, tasks=True, only=(0, 1, 3, 4, 5)),
+}
+
+
+def run(layer: MoELayer, x: Tensor, options: dict, backend: str) -> dict[str, Tensor]:
+    """The output and all gradients of a weighted sum of the output."""
+    layer = copy.deepcopy(layer)
+    layer.backend = backend
+    x = x.clone().requires_grad_()
+    y = layer(x, **options)
+    generator = torch.Generator().manual_seed(2)
+    (y * torch.randn(y.shape, generator=generator, dtype=y.dtype)).sum().backward()
+    assert x.grad is not None
+    found = {"y": y.detach(), "x.grad": x.grad}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            found[name] = parameter.grad
+    return found
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.isfinite(value).all(), name
+        assert_close(got[name], value, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_float32_equals_reference(case, backend):
+    layer = case.layer(torch.float32)
+    x, options = case.inputs(layer, torch.float32)
+    assert_same(run(layer, x, options, backend), run(layer, x, options, "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dense", "bmm", "auto"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_float64_equals_reference(case, backend):
+    layer = case.layer(torch.float64)
+    x, options = case.inputs(layer, torch.float64)
+    assert_same(run(layer, x, options, backend), run(layer, x, options, "reference"), 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_path_of_compiled_graphs_equals_reference(case, backend, monkeypatch):
+    layer = case.layer(torch.float32)
+    x, options = case.inputs(layer, torch.float32)
+    expected = run(layer, x, options, "reference")
+    # static shapes: nothing is selected by value; custom operators stand in for grouped_mm
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_same(run(layer, x, options, backend), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(sizes=(5, 7, 3), freeze=(0, 2)), Case(mask=True, wider=2), Case(num_experts=2, tasks=True, wider=2)],
+    ids=["frozen", "padding", "tasks"],
+)
+def test_torch_compile_without_graph_breaks(case):
+    layer = case.layer(torch.float32)
+    layer.backend = "auto"
+    x, options = case.inputs(layer, torch.float32)
+    expected = run(layer, x, options, "reference")
+    x.requires_grad_()
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, **options)
+    generator = torch.Generator().manual_seed(2)
+    (y * torch.randn(y.shape, generator=generator)).sum().backward()
+    got = {"y": y.detach(), "x.grad": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+    assert_same(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_plain_sum(backend):
+    layer = Case(sizes=(5, 7, 3)).layer(torch.float32)
+    layer.backend = backend
+    x = torch.randn(9, 5, requires_grad=True)
+    layer(x).sum().backward()  # the gradient of the output is an expanded scalar
+    direct = x.grad
+    x.grad = None
+    y = layer(x)
+    y.backward(torch.ones(y.shape))
+    assert direct is not None
+    assert_close(direct, x.grad, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_plain_sum_over_assignments(backend):
+    layer = Case(sizes=(8, 8, 8), num_tokens=9).layer(torch.float32)
+    x = torch.randn(9, 8, requires_grad=True)
+    with torch.no_grad():
+        routing = layer.route(x)
+    expected = torch.autograd.grad(layer.compute(x, routing).sum(), x)[0]
+    layer.backend = backend
+    outputs = layer.compute(x, routing)
+    assert outputs.shape == (18, 8)
+    assert_close(torch.autograd.grad(outputs.sum(), x)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+def function_of(layer: MoELayer, options: dict) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The layer as a function of its parameters."""
+    names = [name for name, _ in layer.named_parameters()]
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,), options)
+
+    return call, [parameter.detach().requires_grad_() for parameter in layer.parameters()]
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "bmm"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, (3, 4, 2), 3, 2, freeze=(1,)),
+        Case(4, (3, 4, 2), 2, 1, mask=True),
+        Case(3, (2, 3, 2), 2, 2, wider=1),
+    ],
+    ids=["frozen", "padding", "hidden_sizes"],
+)
+def test_first_and_second_derivatives(case, backend):
+    layer = case.layer(torch.float64)
+    layer.backend = backend
+    x, options = case.inputs(layer, torch.float64)
+    x = torch.nan_to_num(x, nan=0.0, posinf=1.0)  # finite differences cannot step from infinity
+    call, values = function_of(layer, options)
+    assert gradcheck(call, (x.requires_grad_(), *values))
+    assert gradgradcheck(call, (x, *values))
+
+
+@pytest.mark.parametrize("backend", ["grouped", "dense", "bmm"])
+@pytest.mark.parametrize("name", ["plain", "unaligned", "partly_frozen", "padding", "different_hidden_sizes"])
+def test_second_order_equals_reference(name, backend):
+    case = CASES[name]
+    layer = case.layer(torch.float32)
+    x, options = case.inputs(layer, torch.float32)
+
+    def second(backend: str) -> list[Tensor]:
+        layer.backend = backend
+        call, values = function_of(layer, options)
+        inputs = [x.clone().requires_grad_(), *values]
+        first = torch.autograd.grad(call(*inputs).square().sum(), inputs, create_graph=True)
+        return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs))
+
+    for got, expected in zip(second(backend), second("reference"), strict=True):
+        assert expected.abs().max() > 0
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_torch_func_grad(backend):
+    layer = CASES["partly_frozen"].layer(torch.float32)
+    x, _ = CASES["partly_frozen"].inputs(layer, torch.float32)
+    expected = run(layer, x, {}, "reference")
+    layer.backend = backend
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(17, 8, generator=generator)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return (torch.func.functional_call(layer, parameters, (x,)) * direction).sum()
+
+    grads = torch.func.grad(loss)(dict(layer.named_parameters()))
+    assert_same(grads, {name: expected[name] for name in grads}, 1e-5)
+
+
+# -- one expert is a dense network -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_expert_equals_a_dense_network(backend):
+    torch.manual_seed(0)
+    layer = MoELayer(ExpertPool(MLPExpert(6, 10, 4), 1), DenseRouter(6), backend=backend)
+    dense = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 4))
+    rows = {name: layer.pool.growable("expert", name).banks()[0][0] for name in ("w_in", "b_in", "w_out", "b_out")}
+    with torch.no_grad():
+        rows["w_in"].copy_(dense[0].weight.T[None])
+        rows["b_in"].copy_(dense[0].bias[None])
+        rows["w_out"].copy_(dense[2].weight.T[None])
+        rows["b_out"].copy_(dense[2].bias[None])
+    x = torch.randn(11, 6)
+    x_moe, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(x_moe), dense(x_dense)
+    assert_close(y, expected, atol=1e-6, rtol=1e-6)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(x_moe.grad, x_dense.grad, atol=1e-5, rtol=1e-5)
+    assert_close(rows["w_in"].grad, dense[0].weight.grad.T[None], atol=1e-5, rtol=1e-5)
+    assert_close(rows["b_in"].grad, dense[0].bias.grad[None], atol=1e-5, rtol=1e-5)
+    assert_close(rows["w_out"].grad, dense[2].weight.grad.T[None], atol=1e-5, rtol=1e-5)
+    assert_close(rows["b_out"].grad, dense[2].bias.grad[None], atol=1e-5, rtol=1e-5)
+
+
+# -- what frozen experts cost ------------------------------------------------------------------------------------------
+
+
+class CountProducts(TorchDispatchMode):
+    """Sums 2 * rows * D * H over matrix products; FlopCounterMode leaves ``_grouped_mm`` out."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "mm" in name:
+            a, b = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
+            assert name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"), f"not counted: {name}"
+            assert name != "bmm" or a.dim() == 3
+            # a (.., M, K) times b (.., K, N); grouped: (M, K) x (E, K, N), or the outer product (M, K) x (K, N)
+            batch = a.shape[0] if name in ("bmm", "baddbmm") else 1
+            self.flops += 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+T, D, H = 40, 8, 16
+PRODUCT = 2 * D * H  # FLOPs of one token through one of an expert's two matrices
+
+
+def backward_flops(backend: str, frozen: int, x_needs_grad: bool, by_task: bool = False) -> int:
+    """Ten experts; tokens are assigned to them in turn, k = 1, without a gate."""
+    torch.manual_seed(0)
+    pool = ExpertPool(MLPExpert(D, H), 10)
+    pool.freeze(range(frozen))
+    routing = Routing.assigned(torch.arange(T) % 10, 10)
+    x = torch.randn(T, D, requires_grad=x_needs_grad)
+    y = combine(compute_assignments(pool.groups(), pool.expert, x, routing, backend), routing)
+    if not y.requires_grad:
+        return 0
+    with CountProducts() as count:
+        y.sum().backward()
+    return count.flops
+
+
+@pytest.mark.parametrize("backend", ["reference", "grouped"])
+def test_frozen_experts_cost_no_weight_gradient(backend):
+    # Each of a token's two products costs one product for the weight gradient and one for the input gradient.
+    assert backward_flops(backend, 0, True) == T * 4 * PRODUCT
+    # 90% of experts and tokens frozen: these keep the input gradient only, 2 products a token instead of 4.
+    live, dead = T // 10, T - T // 10
+    assert backward_flops(backend, 9, True) == (4 * live + 2 * dead) * PRODUCT
+    # The input needs no gradient: nothing at all for frozen tokens; two weight gradients and the hidden layer's
+    # input gradient for live ones.
+    assert backward_flops(backend, 9, False) == 3 * live * PRODUCT
+    assert backward_flops(backend, 10, True) == 2 * T * PRODUCT
+    assert backward_flops(backend, 10, False) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_experts_get_no_gradient_and_cost_less(backend):
+    live, half = backward_flops(backend, 0, False), backward_flops(backend, 9, False)
+    assert 0 < half < live / 2
+    layer = Case(freeze=(0, 1)).layer(torch.float32)
+    layer.backend = backend
+    layer(torch.randn(8, 8)).sum().backward()
+    assert all(
+        not tensor.requires_grad for group in layer.pool.groups() if group.frozen for tensor in group.tensors.values()
+    )
+
+
+# -- a token does not depend on its batch ------------------------------------------------------------------------------
+
+
+def routers() -> dict[str, MoELayer]:
+    torch.manual_seed(3)
+    layers = {
+        "dense": MoELayer(ExpertPool(MLPExpert(8, 16), 5), DenseRouter(8)),
+        "topk_softmax": MoELayer(ExpertPool(MLPExpert(8, 16), 5), TopKRouter(8, 2)),
+        "top_1": MoELayer(ExpertPool(MLPExpert(8, 16), 5), TopKRouter(8, 1)),
+        "gaussian": MoELayer(ExpertPool(MLPExpert(8, 16), 5), GaussianRouter(8, top_k=2)),
+    }
+    for expert_id in range(4):
+        layers["gaussian"].observe(expert_id, torch.randn(30, 8) + expert_id, torch.arange(30) % 2)
+    for layer in layers.values():
+        layer.freeze([1])
+    return layers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dense", "topk_softmax", "top_1", "gaussian"])
+def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(kind, backend):
+    layer = routers()[kind]
+    layer.backend = backend
+    x = torch.randn(33, 8)
+    with torch.no_grad():
+        together = layer(x)
+        one_by_one = torch.cat([layer(row[None]) for row in x])
+        shuffled = torch.randperm(33)
+        mixed = layer(torch.cat([torch.randn(90, 8) * 3, x[shuffled]]))[90:]
+        later_changed = torch.cat([x[:20], torch.randn(13, 8)])
+    assert_close(one_by_one, together, atol=1e-6, rtol=0)
+    assert_close(mixed, together[shuffled], atol=1e-6, rtol=0)
+    with torch.no_grad():  # causal
+        assert_close(layer(later_changed)[:20], together[:20], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["dense", "topk_softmax", "top_1", "gaussian"])
+def test_padding_never_changes_a_real_token(kind, backend):
+    layer = routers()[kind]
+    layer.backend = backend
+    x = torch.randn(12, 8)
+    padded = torch.full((20, 8), torch.nan)
+    place = torch.tensor([0, 2, 3, 4, 7, 8, 9, 10, 13, 14, 17, 19])
+    padded[place] = x
+    padded[5] = torch.inf
+    padded[6] = 1e30
+    mask = torch.zeros(20, dtype=torch.bool)
+    mask[place] = True
+    inputs, padded = x.requires_grad_(), padded.requires_grad_()
+    y, y_padded = layer(inputs), layer(padded, mask=mask)
+    assert_close(y_padded[place], y, atol=1e-6, rtol=0)
+    assert (y_padded[~mask] == 0).all()
+    loads = layer.routing.load
+    assert loads.sum() == (layer.routing.expert_index >= 0).sum()
+    assert (layer.routing.choices[~mask] == -1).all()
+    y_padded.sum().backward()
+    y.sum().backward()
+    assert_close(padded.grad[place], inputs.grad, atol=1e-5, rtol=1e-5)
+    assert (padded.grad[~mask] == 0).all()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
+
+
+# -- the choice of a backend -------------------------------------------------------------------------------------------
+
+
+def test_auto_depends_on_sizes_only(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_backend(4, 64, torch.float32, cpu) == "dense"
+    assert choose_backend(5, 64, torch.float32, cpu) == "grouped"
+    assert choose_backend(4, 65, torch.float32, cpu) == "grouped"
+    assert choose_backend(2, 2, torch.float32, cuda) == "grouped"
+    assert choose_backend(100, 1000, torch.float64, cpu) == "reference"  # grouped_mm has no float64
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_backend(100, 1000, torch.float64, cpu) == "dense"  # the loop's nonzero would break the graph
