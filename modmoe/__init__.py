@@ -1,9 +1,19 @@
 """One growable pool of experts for continual, meta, reinforcement and multi-task learning."""
 
 from modmoe import losses
-from modmoe.errors import MissingExtraError, NonFiniteError
+from modmoe.checkpoint import load_checkpoint, save_checkpoint
+from modmoe.errors import CheckpointError, MissingExtraError, NonFiniteError
 from modmoe.experts import Expert, MLPExpert
-from modmoe.gating import DenseRouter, GaussianRouter, PrototypeRouter, Router, TopKRouter
+from modmoe.gating import (
+    AutoencoderRouter,
+    DenseRouter,
+    GaussianRouter,
+    PPCARouter,
+    PrototypeRouter,
+    Router,
+    StickRouter,
+    TopKRouter,
+)
 from modmoe.growable import GrowableBuffer, GrowableParameter, Init, RowSpec
 from modmoe.growth import count_parameters, freeze, grow, pools, remove, unfreeze
 from modmoe.layer import MoELayer
@@ -14,6 +24,8 @@ from modmoe.routing import Routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoencoderRouter",
+    "CheckpointError",
     "DenseRouter",
     "Expert",
     "ExpertPool",
@@ -25,17 +37,21 @@ __all__ = [
     "MissingExtraError",
     "MoELayer",
     "NonFiniteError",
+    "PPCARouter",
     "PrototypeRouter",
     "Router",
     "Routing",
     "RowSpec",
+    "StickRouter",
     "TopKRouter",
     "count_parameters",
     "freeze",
     "grow",
+    "load_checkpoint",
     "losses",
     "pools",
     "remove",
+    "save_checkpoint",
     "sync_optimizer",
     "unfreeze",
 ]

@@ -2,8 +2,12 @@
 
 
 class NonFiniteError(ValueError):
-    """An input, a logit or an expert's output holds NaN or infinity."""
+    """An input or a router's score holds NaN or infinity."""
 
 
 class MissingExtraError(ImportError):
     """A host library is not installed; the message holds the command that installs it."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read or used; the message names the file."""

@@ -110,7 +110,7 @@ def count_parameters(module: nn.Module) -> ParameterCount:
     return ParameterCount(trainable, frozen, total, round(total - idle), statistics)
 
 
-def _chosen(module: nn.Module, ids: Ids | None) -> list[tuple[ExpertPool, Sequence[int] | None]]:
+def _chosen(module: nn.Module, ids: Ids | None) -> Sequence[tuple[ExpertPool, Sequence[int] | None]]:
     found = pools(module)
     if isinstance(ids, Mapping):
         unknown = sorted(set(ids) - set(found))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modmoe.gating.base import Router
-from modmoe.gating.density import DensityRouter
+from modmoe.gating.fitted import FittedRouter
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
 from modmoe.pool import ExpertPool, Task
@@ -269,8 +269,8 @@ class MoELayer(nn.Module):
         self.pool.remove(ids)
 
     def observe(self, expert_id: int, x: Tensor, labels: Tensor | None = None) -> None:
-        """Take data into the statistics that a density gate keeps of one live expert; see DensityRouter.observe."""
-        if not isinstance(self.router, DensityRouter):
+        """Take data into the statistics that a density gate keeps of one live expert; see FittedRouter.observe."""
+        if not isinstance(self.router, FittedRouter):
             raise ValueError(f"{type(self.router).__name__} is trained by gradient: it observes no data")
         self.router.observe(self.pool, self.namespace, expert_id, x, labels)
 

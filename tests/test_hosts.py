@@ -13,7 +13,8 @@ def without(monkeypatch):
     """Makes modules impossible to import."""
 
     class Missing:
-        names: set[str] = set()
+        def __init__(self):
+            self.names: set[str] = set()
 
         def find_spec(self, name, path=None, target=None):
             if name in self.names:

@@ -5,6 +5,17 @@ from modmoe.hosts import import_host
 import_host("avalanche.training")
 
 from modmoe.continual.classifier import UNKNOWN, PoolClassifier, task_positions  # noqa: E402
+from modmoe.continual.novelty import GrowthRule, NewClasses  # noqa: E402
 from modmoe.continual.plugin import ExpertPoolPlugin  # noqa: E402
+from modmoe.continual.resume import resume_stream, save_stream  # noqa: E402
 
-__all__ = ["UNKNOWN", "ExpertPoolPlugin", "PoolClassifier", "task_positions"]
+__all__ = [
+    "UNKNOWN",
+    "ExpertPoolPlugin",
+    "GrowthRule",
+    "NewClasses",
+    "PoolClassifier",
+    "resume_stream",
+    "save_stream",
+    "task_positions",
+]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modmoe.experts.base import Expert
-from modmoe.gating.density import DensityRouter
+from modmoe.gating.fitted import FittedRouter
 from modmoe.growable import Init, RowSpec
 from modmoe.layer import MoELayer
 from modmoe.pool import ExpertPool, Task
@@ -41,7 +41,7 @@ class PoolClassifier(nn.Module):
     def __init__(
         self,
         expert: Expert,
-        router: DensityRouter,
+        router: FittedRouter,
         num_classes: int,
         backbone: nn.Module | None = None,
         freeze_backbone: bool = True,
@@ -49,7 +49,7 @@ class PoolClassifier(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        if not isinstance(router, DensityRouter):
+        if not isinstance(router, FittedRouter):
             raise ValueError(
                 f"{type(router).__name__} is trained by gradient and would forget; "
                 "use one that is fitted to data: GaussianRouter or PrototypeRouter"
@@ -68,9 +68,15 @@ class PoolClassifier(nn.Module):
         )
         self.training_id = self.pool.ids[0]
         self.register_buffer("backbone_frozen", torch.tensor(False))
-        self.register_load_state_dict_post_hook(_refreeze)
+        self.register_load_state_dict_post_hook(_after_load)
         if freeze_backbone:
             self.freeze_backbone()
+
+    @property
+    def gate_streams(self) -> bool:
+        """Whether the gate takes its data in parts; otherwise :meth:`observe` is called once with all of a task's."""
+        assert isinstance(self.layer.router, FittedRouter)
+        return self.layer.router.streaming
 
     @property
     def pool(self) -> ExpertPool:
@@ -138,19 +144,43 @@ class PoolClassifier(nn.Module):
         Raises:
             ValueError: on no class, or one outside the range; nothing is changed then.
         """
-        wanted = sorted(set(classes))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_classes:
-            raise ValueError(f"class ids in [0, {self.num_classes}) are needed, got {wanted}")
+        wanted = self._check_classes(classes)
         unused = [i for i in self.pool.ids if i not in self.classes_of() and i not in self.pool.frozen_ids]
         expert_id = unused[0] if unused else self.pool.add_experts(1, task=task)[0]
         if unused and task is not None:
             self.pool.assign_task(expert_id, task)
-        head = {name: self.pool.growable(HEAD, name) for name in ("weight", "bias")}
-        specs = self.pool.specs(HEAD)
-        values = {name: specs[name].draw(len(wanted), {}, growable.like) for name, growable in head.items()}
-        self.pool.add_rows(HEAD, expert_id, {**values, "label": torch.tensor(wanted)})
+        self.add_classes(expert_id, wanted)
         self.training_id = expert_id
         return expert_id
+
+    def add_classes(self, expert_id: int, classes: Iterable[int]) -> None:
+        """Give a live expert head rows for the classes that it does not have yet; ValueError as in begin_task."""
+        wanted = self._check_classes(classes)
+        new = [label for label in wanted if label not in self.classes_of().get(expert_id, [])]
+        if not new:
+            return
+        head = {name: self.pool.growable(HEAD, name) for name in ("weight", "bias")}
+        specs = self.pool.specs(HEAD)
+        values = {name: specs[name].draw(len(new), {}, growable.like) for name, growable in head.items()}
+        self.pool.add_rows(HEAD, expert_id, {**values, "label": torch.tensor(new)})
+
+    def _check_classes(self, classes: Iterable[int]) -> list[int]:
+        wanted = sorted(set(classes))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= self.num_classes:
+            raise ValueError(f"class ids in [0, {self.num_classes}) are needed, got {wanted}")
+        return wanted
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless the backbone makes features of the right size of x (B, ...)."""
+        with torch.no_grad():
+            was_training = self.backbone.training
+            features = self.backbone.eval()(x).flatten(1)
+            self.backbone.train(was_training)
+        needed = self.pool.expert.in_features
+        if features.shape[1] != needed:
+            raise ValueError(
+                f"the experts need {needed} features, inputs of shape {tuple(x.shape[1:])} give {features.shape[1]}"
+            )
 
     def classes_of(self) -> dict[int, list[int]]:
         """The classes of each expert that has any, by expert id."""
@@ -171,7 +201,8 @@ class PoolClassifier(nn.Module):
     def freeze_backbone(self) -> None:
         """Freeze the shared backbone: weights, and normalisation statistics whatever mode the model is put into."""
         self.backbone_frozen.fill_(True)
-        _refreeze(self)
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
 
     def train(self, mode: bool = True) -> "PoolClassifier":
         super().train(mode)
@@ -180,11 +211,11 @@ class PoolClassifier(nn.Module):
         return self
 
 
-def _refreeze(module: nn.Module, _incompatible: object = None) -> None:
+def _after_load(module: nn.Module, _incompatible: object) -> None:
     assert isinstance(module, PoolClassifier)
+    module.training_id = module.pool.ids[-1]
     if module.backbone_frozen:
-        module.backbone.requires_grad_(False)
-        module.backbone.eval()
+        module.freeze_backbone()
 
 
 def task_positions(pool: ExpertPool, tasks: Sequence[Task]) -> Tensor:

@@ -3,73 +3,100 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
 import torch
-from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
-from avalanche.training.supervised import Naive
 from torch import Tensor, nn
 
-from modmoe.analysis import Matrix, MethodRecord, assignment_accuracy, joint_distribution, mutual_information
+from modmoe.analysis import Matrix, MethodRecord, joint_distribution
 from modmoe.continual import ExpertPoolPlugin, PoolClassifier, task_positions
-from modmoe.continual.streams import TaskData, split_digits, to_benchmark
+from modmoe.continual.strategies import Baseline, baseline_plugins, make_strategy
+from modmoe.continual.streams import StreamSettings, TaskData, load_stream, to_benchmark
+from modmoe.experiments.ledger import Ledger
 from modmoe.experts import MLPExpert
-from modmoe.gating import DensityRouter, GaussianRouter, PrototypeRouter
+from modmoe.gating import AutoencoderRouter, FittedRouter, GaussianRouter, PPCARouter, PrototypeRouter
 from modmoe.growth import count_parameters
 from modmoe.routing import Routing
 
-GATES: dict[str, Callable[["ContinualConfig", int], DensityRouter]] = {
+Gate = Literal["gaussian", "gaussian_per_expert", "prototype", "ppca", "autoencoder"]
+StreamName = Literal[
+    "split_digits",
+    "permuted_digits",
+    "split_mnist5k",
+    "split_mnist",
+    "split_fashion",
+    "rotated_mnist",
+    "mnist_fashion_animals",
+]
+GATES: dict[str, Callable[["ContinualConfig", int], FittedRouter]] = {
     "gaussian": lambda config, d: GaussianRouter(d, regularization=config.regularization),
     "gaussian_per_expert": lambda config, d: GaussianRouter(d, False, regularization=config.regularization),
     "prototype": lambda config, d: PrototypeRouter(d),
-}
-
-ABOUT = {
-    "pool": "a growing pool; each sample goes to the expert whose {gate} explains it best",
-    "oracle": "the experts of 'pool', told the task of each test sample: what perfect routing would give",
-    "router_only": "the gate of 'pool' as a classifier of its own, without any expert",
-    "naive": "one MLP trained on the tasks in sequence",
-    "replay": "the same MLP with stored samples of earlier tasks",
-    "joint": "the same MLP trained on all tasks at once",
+    "ppca": lambda config, d: PPCARouter(d),
+    "autoencoder": lambda config, d: AutoencoderRouter(d),
 }
 GATE_NAMES = {
     "gaussian": "Gaussian for each class",
     "gaussian_per_expert": "one Gaussian for each expert",
     "prototype": "nearest class mean",
+    "ppca": "mixture of probabilistic PCA for each class",
+    "autoencoder": "autoencoder for each class",
+}
+ABOUT = {
+    "pool": "a growing pool; each sample goes to the expert whose {gate} explains it best",
+    "oracle": "the experts of 'pool', told the task of each test sample: what perfect routing would give",
+    "router_only": "the gate of 'pool' as a classifier of its own, without any expert",
+    "naive": "one MLP with as many numbers as 'pool' keeps, trained on the tasks in sequence",
+    "replay": "the same MLP with {memory} stored samples of earlier tasks",
+    "gdumb": "the same MLP trained anew after each task, on {memory} stored samples alone",
+    "ewc": "the same MLP with elastic weight consolidation (online)",
+    "lwf": "the same MLP with learning without forgetting",
+    "joint": "the same MLP trained on all tasks at once",
 }
 
 
 @dataclass
 class ContinualConfig:
-    """A stream of tasks with new classes; no task id at test time, no stored samples except where a method says so.
+    """A stream of tasks; no task id at test time, no stored samples except where a method says so.
 
     Args:
         stream: the data, cut into tasks.
-        num_tasks: number of tasks; it divides the number of classes.
-        test_share: share of each class that is kept for the test.
-        gate: the gate of the method ``pool``, named before the run; the others run as ``pool_<gate>``.
+        num_tasks: number of tasks; null for the stream's own.
+        test_share: share of each class kept for the test, where the data come without a split.
+        root: folder of the images that scripts/fetch_data.py gets.
+        limit: at most so many images of each class; null for all.
+        gate: the gate of the method ``pool``, named before the run.
+        other_gates: gates that run besides, as ``pool_<gate>``.
+        baselines: Avalanche's methods that run besides.
         regularization: added to the Gaussian gates' variances, in squared units of the inputs.
         hidden_features: hidden size of an expert.
         expert_features: output size of an expert, which its head rows read.
         epochs: passes over each task.
         batch_size: samples in a training step.
         learning_rate: of Adam.
-        replay_memory: samples that the control ``replay`` stores.
+        memory: samples that ``replay`` and ``gdumb`` store.
     """
 
-    stream: Literal["split_digits"] = "split_digits"
-    num_tasks: int = 5
+    stream: StreamName = "split_digits"
+    num_tasks: int | None = None
     test_share: float = 0.25
-    gate: Literal["gaussian", "gaussian_per_expert", "prototype"] = "gaussian"
+    root: str = "data"
+    limit: int | None = None
+    gate: Gate = "gaussian"
+    other_gates: list[Gate] = field(default_factory=lambda: ["gaussian_per_expert", "prototype"])
+    baselines: list[Baseline] = field(default_factory=lambda: ["naive", "replay", "joint"])
     regularization: float = 0.01
     hidden_features: int = 32
     expert_features: int = 32
     epochs: int = 20
     batch_size: int = 32
     learning_rate: float = 0.003
-    replay_memory: int = 200
+    memory: int = 200
+
+    def __post_init__(self) -> None:
+        if self.gate in self.other_gates:
+            raise ValueError(f"the gate '{self.gate}' is the main one already: take it out of other_gates")
 
     def run(self, seed: int, progress: Callable[[str], None]) -> dict[str, MethodRecord]:
         """Run every method with one seed; see `modmoe.experiments.registry.ExperimentConfig`."""
@@ -78,81 +105,36 @@ class ContinualConfig:
             return self._run(seed, progress)
 
     def _run(self, seed: int, progress: Callable[[str], None]) -> dict[str, MethodRecord]:
-        tasks = split_digits(seed, self.num_tasks, self.test_share)
-        others = [gate for gate in GATES if gate != self.gate]
+        settings = StreamSettings(self.num_tasks, self.test_share, self.root, self.limit)
+        tasks = load_stream(self.stream, seed, settings)
         progress("pool")
-        pool = _run_pool(self, tasks, self.gate, seed)
+        pool = run_pool(self, tasks, self.gate, seed)
         records = {"pool": pool["pool"]}
-        for gate in others:
+        for gate in self.other_gates:
             progress(f"pool_{gate}")
-            records[f"pool_{gate}"] = _run_pool(self, tasks, gate, seed)["pool"]
+            records[f"pool_{gate}"] = run_pool(self, tasks, gate, seed)["pool"]
         records |= {name: record for name, record in pool.items() if name != "pool"}
-        parameters = pool["pool"].metrics["parameters"]
-        for name in ("naive", "replay", "joint"):
+        for name in self.baselines:
             progress(name)
-            records[name] = _run_mlp(self, tasks, name, seed, parameters)
+            records[name] = run_mlp(self, tasks, name, seed, pool["pool"].metrics["parameters"])
         for name, record in records.items():
             gate = name.removeprefix("pool_") if name.startswith("pool_") else self.gate
-            record.about = ABOUT["pool" if name.startswith("pool") else name].format(gate=GATE_NAMES[gate])
+            text = ABOUT["pool" if name.startswith("pool") else name]
+            record.about = text.format(gate=GATE_NAMES[gate], memory=self.memory)
         return records
 
 
-class Ledger:
-    """Accuracy after each task, collected while one method learns; times only what the method does itself."""
-
-    def __init__(self, tasks: Sequence[TaskData]):
-        self.tasks = tasks
-        self.x = torch.cat([task.test_x for task in tasks])
-        self.y = torch.cat([task.test_y for task in tasks])
-        self.task = torch.cat([torch.full((len(task.test_y),), i) for i, task in enumerate(tasks)])
-        self.rows: list[list[float]] = []
-        self.correct = 0.0
-        self.seconds = 0.0
-
-    def add(self, predictions: Tensor) -> None:
-        """Take the class predictions for all test data after one more task."""
-        hit = (predictions == self.y).double()
-        self.rows.append([float(hit[self.task == i].mean()) for i in range(len(self.tasks))])
-        self.correct = float(hit.mean())
-
-    def record(self, parameters: int, **metrics: float) -> MethodRecord:
-        """The record of a method that learned the tasks in sequence, or all at once (one row)."""
-        names = [f"task {i}" for i in range(len(self.tasks))]
-        values = np.array(self.rows)
-        # how far each earlier task has fallen from its best; one row has no earlier task
-        forgetting = float((values[:-1].max(0) - values[-1])[:-1].mean()) if len(values) > 1 else 0.0
-        after = [f"after {i}" for i in range(len(values))] if len(values) > 1 else ["all at once"]
-        seen = [float(np.mean(row[: i + 1])) for i, row in enumerate(self.rows)]
-        series = {f"accuracy/task_{j}": [row[j] for row in self.rows] for j in range(len(names))}
-        return MethodRecord(
-            metrics={
-                "accuracy": self.correct,
-                **metrics,
-                "forgetting": forgetting,
-                "parameters": float(parameters),
-                "seconds": self.seconds,
-            },
-            matrices={"accuracy": Matrix(values, "trained", "tested on", after, names)},
-            series={**series, "accuracy/seen": seen} if len(values) > 1 else series,
-        )
-
-
-def _run_pool(config: ContinualConfig, tasks: Sequence[TaskData], gate: str, seed: int) -> dict[str, MethodRecord]:
+def run_pool(config: ContinualConfig, tasks: Sequence[TaskData], gate: str, seed: int) -> dict[str, MethodRecord]:
     """A growing pool; with it, from the same training, oracle routing and the gate as a classifier of its own."""
     torch.manual_seed(seed)
-    num_features = tasks[0].train_x.shape[1]
-    num_classes = sum(len(task.classes) for task in tasks)
+    num_features, num_classes = tasks[0].train_x.shape[1], count_classes(tasks)
     expert = MLPExpert(num_features, config.hidden_features, config.expert_features)
     router = GATES[gate](config, num_features)
     model = PoolClassifier(expert, router, num_classes)
-    strategy = _strategy(config, model, [ExpertPoolPlugin()])
-    ledgers = {name: Ledger(tasks) for name in ("pool", "oracle", "router_only")}
-    tested = ledgers["pool"]
-    task_of_class = torch.zeros(num_classes, dtype=torch.int64)
-    for i, task in enumerate(tasks):
-        task_of_class[task.classes] = i
+    strategy = make_strategy(model, [ExpertPoolPlugin()], config.learning_rate, config.batch_size, config.epochs)
+    tested, oracle, alone = (Ledger(tasks) for _ in range(3))
     num_experts, loads = [], []
-    chosen, gate_classes = torch.empty(0), torch.empty(0)
+    chosen = gate_chosen = torch.empty(0)
 
     for experience in to_benchmark(tasks).train_stream:
         start = time.perf_counter()
@@ -163,93 +145,76 @@ def _run_pool(config: ContinualConfig, tasks: Sequence[TaskData], gate: str, see
             routing = model.layer.route(features)
             tested.add(model.classify(features, routing).argmax(1))
             tested.seconds += time.perf_counter() - start
-            chosen = routing.choices[:, 0]
             # the oracle sends tasks that have not come yet to the newest expert, which is wrong for sure
             reached = tested.task.clamp(max=model.pool.num_experts - 1)
-            positions = task_positions(model.pool, reached.tolist())
-            oracle = Routing.assigned(positions, model.pool.num_experts)
-            ledgers["oracle"].add(model.classify(features, oracle).argmax(1))
+            told = Routing.assigned(task_positions(model.pool, reached.tolist()), model.pool.num_experts)
+            oracle.add(model.classify(features, told).argmax(1))
             start = time.perf_counter()
-            joint, labels = router.class_log_joint(features, model.pool.namespace(model.layer.namespace))
-            ledgers["router_only"].seconds += time.perf_counter() - start
-        gate_classes = labels[joint.argmax(1)]
-        ledgers["router_only"].add(gate_classes)
+            classes, gate_chosen = gate_alone(model, router, features)
+            alone.seconds += time.perf_counter() - start
+        alone.add(classes)
+        chosen = routing.choices[:, 0]
         num_experts.append(float(model.pool.num_experts))
         loads.append((routing.load.double() / routing.load.sum()).tolist())
 
-    ledgers["oracle"].seconds = tested.seconds
-    count = count_parameters(model)
-    statistics = count.statistics
+    oracle.seconds = tested.seconds
+    count, statistics = count_parameters(model), count_parameters(model).statistics
     owner = torch.tensor([int(task) for task in model.pool.tasks() if task is not None])
-    records = {
-        "pool": tested.record(
-            count.total + statistics,
-            oracle_gap=ledgers["oracle"].correct - tested.correct,
-            **_routing_metrics(tested.task, chosen, owner),
-        ),
-        "oracle": ledgers["oracle"].record(count.total),
-    }
-    if router.per_class:  # a single density for each expert cannot tell classes apart
-        routed = task_of_class[gate_classes]
-        records["router_only"] = ledgers["router_only"].record(
-            statistics, **_routing_metrics(tested.task, routed, torch.arange(len(tasks)))
-        )
+    record = tested.record(
+        count.total + statistics,
+        oracle_gap=oracle.accuracy - tested.accuracy,
+        **tested.routing_metrics(chosen, owner),
+    )
     heat = joint_distribution(tested.task, chosen, len(tasks), model.pool.num_experts)
     share = (heat / heat.sum(1, keepdim=True)).numpy()
-    experts = [f"expert {expert_id}" for expert_id in model.pool.ids]
-    records["pool"].matrices["routing"] = Matrix(
-        share, "task", "expert", [f"task {i}" for i in range(len(tasks))], experts
-    )
-    records["pool"].series["num_experts"] = num_experts
+    names = [f"task {i}" for i in range(len(tasks))], [f"expert {expert_id}" for expert_id in model.pool.ids]
+    record.matrices["routing"] = Matrix(share, "task", "expert", *names)
+    record.series["num_experts"] = num_experts
     for position, expert_id in enumerate(model.pool.ids):
         load = [row[position] if position < len(row) else 0.0 for row in loads]
-        records["pool"].series[f"load/expert_{expert_id}"] = load
+        record.series[f"load/expert_{expert_id}"] = load
+    records = {"pool": record, "oracle": oracle.record(count.total)}
+    if gate != "gaussian_per_expert":  # a single density for each expert cannot tell classes apart
+        records["router_only"] = alone.record(statistics, **alone.routing_metrics(gate_chosen, owner))
     return records
 
 
-def _run_mlp(
-    config: ContinualConfig, tasks: Sequence[TaskData], method: str, seed: int, parameters: float
+def gate_alone(model: PoolClassifier, router: FittedRouter, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The class that the gate by itself finds most likely, (n,), and the position of its expert, (n,)."""
+    rows = model.pool.namespace(model.layer.namespace)
+    joint, labels = router.class_log_joint(features, rows)
+    best = joint.argmax(1)
+    return labels[best], rows.owner("label")[best]
+
+
+def run_mlp(
+    config: ContinualConfig, tasks: Sequence[TaskData], method: Baseline, seed: int, parameters: float
 ) -> MethodRecord:
-    """One MLP with as many parameters as the pool has with its statistics: in sequence, with replay, or jointly."""
+    """One MLP with as many parameters as the pool has with its statistics, trained by one of Avalanche's methods."""
     torch.manual_seed(seed)
-    num_features = tasks[0].train_x.shape[1]
-    num_classes = sum(len(task.classes) for task in tasks)
+    num_features, num_classes = tasks[0].train_x.shape[1], count_classes(tasks)
     hidden = max(1, round((parameters - num_classes) / (num_features + 1 + num_classes)))
     model = nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
-    plugins = [ReplayPlugin(mem_size=config.replay_memory)] if method == "replay" else []
-    strategy = _strategy(config, model, plugins)
+    plugins = baseline_plugins(method, config.memory)
+    strategy = make_strategy(model, plugins, config.learning_rate, config.batch_size, config.epochs)
     ledger = Ledger(tasks)
-    stream = [_joined(tasks)] if method == "joint" else list(tasks)
-    for experience in to_benchmark(stream).train_stream:
+    stream = [join(tasks)] if method == "joint" else list(tasks)
+    for experience in to_benchmark(stream, task_labels=method == "lwf").train_stream:
         start = time.perf_counter()
         strategy.train(experience)
-        model.eval()
+        trained = strategy.model.eval()  # GDumb puts a new model in the old one's place
         with torch.no_grad():
-            ledger.add(model(ledger.x).argmax(1))
+            ledger.add(trained(ledger.x).argmax(1))
         ledger.seconds += time.perf_counter() - start
     return ledger.record(count_parameters(model).total)
 
 
-def _strategy(config: ContinualConfig, model: nn.Module, plugins: list[Any]) -> Naive:
-    return Naive(
-        model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=config.learning_rate),
-        criterion=nn.CrossEntropyLoss(),
-        train_mb_size=config.batch_size,
-        train_epochs=config.epochs,
-        plugins=plugins,
-        evaluator=EvaluationPlugin(),  # measured here, on all tasks at once
-    )
+def count_classes(tasks: Sequence[TaskData]) -> int:
+    """Width of the output that the stream needs."""
+    return 1 + max(max(task.classes) for task in tasks)
 
 
-def _routing_metrics(task: Tensor, chosen: Tensor, owner: Tensor) -> dict[str, float]:
-    joint = joint_distribution(task, chosen, int(task.max()) + 1, len(owner))
-    return {
-        "routing_accuracy": assignment_accuracy(task, chosen, owner),
-        "mutual_information": mutual_information(joint, normalize=True),
-    }
-
-
-def _joined(tasks: Sequence[TaskData]) -> TaskData:
+def join(tasks: Sequence[TaskData]) -> TaskData:
+    """All tasks as one."""
     parts = zip(*((t.train_x, t.train_y, t.test_x, t.test_y) for t in tasks), strict=True)
     return TaskData(*(torch.cat(part) for part in parts))

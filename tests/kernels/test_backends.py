@@ -179,7 +179,7 @@ def test_float32_equals_reference(case, backend):
     assert_same(run(layer, x, options, backend), run(layer, x, options, "reference"), 1e-5)
 
 
-@pytest.mark.parametrize("backend", ["dense", "bmm", "auto"])
+@pytest.mark.parametrize("backend", ["dense", "bmm"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_float64_equals_reference(case, backend):
     layer = case.layer(torch.float64)
@@ -187,7 +187,7 @@ def test_float64_equals_reference(case, backend):
     assert_same(run(layer, x, options, backend), run(layer, x, options, "reference"), 1e-12)
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", ["dense", "bmm", "grouped"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_path_of_compiled_graphs_equals_reference(case, backend, monkeypatch):
     layer = case.layer(torch.float32)
@@ -200,8 +200,8 @@ def test_the_path_of_compiled_graphs_equals_reference(case, backend, monkeypatch
 
 @pytest.mark.parametrize(
     "case",
-    [Case(sizes=(5, 7, 3), freeze=(0, 2)), Case(mask=True, wider=2), Case(num_experts=2, tasks=True, wider=2)],
-    ids=["frozen", "padding", "tasks"],
+    [Case(sizes=(5, 7, 3), freeze=(0, 2), mask=True), Case(num_experts=2, tasks=True, wider=2)],
+    ids=["frozen_padding", "tasks_sizes"],
 )
 def test_torch_compile_without_graph_breaks(case):
     layer = case.layer(torch.float32)
@@ -256,24 +256,24 @@ def function_of(layer: MoELayer, options: dict) -> tuple[Callable[..., Tensor], 
     return call, [parameter.detach().requires_grad_() for parameter in layer.parameters()]
 
 
-@pytest.mark.parametrize("backend", ["reference", "dense", "bmm"])
 @pytest.mark.parametrize(
-    "case",
+    ("backend", "case"),
     [
-        Case(4, (3, 4, 2), 3, 2, freeze=(1,)),
-        Case(4, (3, 4, 2), 2, 1, mask=True),
-        Case(3, (2, 3, 2), 2, 2, wider=1),
+        ("reference", Case(4, (3, 3, 2), 3, 2, freeze=(1,))),
+        ("reference", Case(3, (2, 3, 2), 2, 2, wider=1)),
+        ("reference", Case(4, (2, 2, 2), 2, 1, mask=True)),
+        ("dense", Case(4, (2, 2, 2), 3, 2, freeze=(1,))),
+        ("bmm", Case(4, (2, 2, 2), 3, 2, freeze=(1,), mask=True)),
     ],
-    ids=["frozen", "padding", "hidden_sizes"],
 )
-def test_first_and_second_derivatives(case, backend):
+def test_first_and_second_derivatives(backend, case):
     layer = case.layer(torch.float64)
     layer.backend = backend
     x, options = case.inputs(layer, torch.float64)
     x = torch.nan_to_num(x, nan=0.0, posinf=1.0)  # finite differences cannot step from infinity
     call, values = function_of(layer, options)
     assert gradcheck(call, (x.requires_grad_(), *values))
-    assert gradgradcheck(call, (x, *values))
+    assert gradgradcheck(call, (x, *values), fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ["grouped", "dense", "bmm"])
@@ -360,7 +360,7 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-T, D, H = 40, 8, 16
+T, D, H = 80, 8, 16  # more tokens than `auto` computes densely
 PRODUCT = 2 * D * H  # FLOPs of one token through one of an expert's two matrices
 
 
@@ -400,9 +400,9 @@ def test_frozen_experts_get_no_gradient_and_cost_less(backend):
     layer = Case(freeze=(0, 1)).layer(torch.float32)
     layer.backend = backend
     layer(torch.randn(8, 8)).sum().backward()
-    assert all(
-        not tensor.requires_grad for group in layer.pool.groups() if group.frozen for tensor in group.tensors.values()
-    )
+    frozen = [group for group in layer.pool.groups() if group.frozen]
+    assert [group.ids for group in frozen] == [(0, 1)]
+    assert not any(tensor.requires_grad for tensor in frozen[0].tensors.values())
 
 
 # -- a token does not depend on its batch ------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """grouped_matmul: runs of rows, each multiplied with its own matrix, of any feature size."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ def ends(*values: int) -> Tensor:
 
 def loop(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     bounds = [0, *offsets.tolist()]
-    parts = [x[start:end] @ weight[e] for e, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]
+    parts = [x[start:end] @ weight[e] for e, (start, end) in enumerate(pairwise(bounds))]
     return torch.cat([*parts, x[bounds[-1] :] @ weight[0] * 0])
 
 
