@@ -236,6 +236,8 @@ class ExpertPool(nn.Module):
             ValueError: on a frozen owner, a missing name or a wrong shape; nothing is changed then.
         """
         self._check_ids([expert_id])
+        if namespace == "expert":
+            raise ValueError("an expert has one row of each weight: add experts instead")
         growables = self._growables(namespace)
         if set(values) != set(growables):
             raise ValueError(f"'{namespace}' needs rows {sorted(growables)}, got {sorted(values)}")
@@ -267,7 +269,7 @@ class ExpertPool(nn.Module):
             n: how many, at least 1.
             init: "fresh" draws new rows; "copy" repeats one live expert in such a way that no output changes, which
                 works where every router on this pool says how (``Router.preserving_growth``).
-            task: the new experts' task, or None.
+            task: the new experts' task, or None; copies belong to their source's.
             source: the expert to copy; None for the newest live one.
             sizes: sizes that differ from the expert kind's, for instance ``hidden_features=64``.
         Returns:
@@ -293,6 +295,7 @@ class ExpertPool(nn.Module):
             growable.add(owners, values)
         if init == "copy":
             self._split(cast(int, source), new_ids)
+            task = self._book[cast(int, source)].task
         self._next_id += n
         self._set_book({**self._book, **{i: ExpertRecord(i, task, False, dict(merged)) for i in new_ids}})
         return new_ids
@@ -321,6 +324,10 @@ class ExpertPool(nn.Module):
             if sizes:
                 raise ValueError("init='copy' takes the sizes of its source, give none")
             source = self._copy_source(source)
+            if task not in (None, self._book[source].task):
+                raise ValueError(
+                    f"init='copy' keeps the layer's function only within the source's task {self._book[source].task!r}"
+                )
             merged = dict(self._book[source].sizes)
         elif init != "fresh" or source is not None:
             raise ValueError(

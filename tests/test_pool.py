@@ -456,3 +456,22 @@ def test_an_optimizer_does_not_mix_up_experts_of_before_and_after_a_load():
     layer(torch.randn(5, D)).sum().backward()
     optimizer.step()
     assert len(optimizer.state) == len(list(layer.parameters()))
+
+
+def test_copies_belong_to_their_source_s_task_and_no_other():
+    pool = ExpertPool(MLPExpert(4, 3), 1, task="a")
+    layer = MoELayer(pool, DenseRouter(4))
+    x = torch.randn(5, 4)
+    before = layer(x, task_ids="a")
+    layer.add_experts(1, init="copy")
+    assert pool.tasks() == ("a", "a")
+    torch.testing.assert_close(layer(x, task_ids="a"), before, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="only within the source's task 'a'"):
+        layer.add_experts(1, init="copy", task="b")
+    assert pool.num_experts == 2
+
+
+def test_an_expert_s_weights_take_no_more_rows():
+    pool = ExpertPool(MLPExpert(4, 3), 1)
+    with pytest.raises(ValueError, match="add experts instead"):
+        pool.add_rows("expert", 0, {name: rows for name, rows in pool.namespace("expert").items()})

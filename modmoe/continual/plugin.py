@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.training.plugins import EWCPlugin, LwFPlugin, RWalkPlugin, SupervisedPlugin, SynapticIntelligencePlugin
 from avalanche.training.utils import ParamData
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ class ExpertPoolPlugin(SupervisedPlugin):
             for x, y in _batches(dataset, self.fit_batch_size, strategy.device):
                 classifier.observe(classifier.training_id, x, y)
             return
-        if not getattr(strategy.experience, "is_first_subexp", True):
+        if isinstance(strategy.experience, OnlineCLExperience):
             raise ValueError(f"{type(classifier.layer.router).__name__} is fitted to all data of a task at once")
         x, y = next(_batches(dataset, len(dataset), strategy.device))
         classifier.observe(classifier.training_id, x, y)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modmoe.analysis import Matrix, MethodRecord, joint_distribution
 from modmoe.continual import ExpertPoolPlugin, PoolClassifier, task_positions
 from modmoe.continual.strategies import Baseline, baseline_plugins, make_strategy
-from modmoe.continual.streams import StreamSettings, TaskData, load_stream, to_benchmark
+from modmoe.continual.streams import StreamSettings, TaskData, load_stream, num_classes, to_benchmark
 from modmoe.experiments.ledger import Ledger
 from modmoe.experts import MLPExpert
 from modmoe.gating import AutoencoderRouter, FittedRouter, GaussianRouter, PPCARouter, PrototypeRouter
@@ -127,10 +127,10 @@ class ContinualConfig:
 def run_pool(config: ContinualConfig, tasks: Sequence[TaskData], gate: str, seed: int) -> dict[str, MethodRecord]:
     """A growing pool; with it, from the same training, oracle routing and the gate as a classifier of its own."""
     torch.manual_seed(seed)
-    num_features, num_classes = tasks[0].train_x.shape[1], count_classes(tasks)
+    num_features, width = tasks[0].train_x.shape[1], num_classes(tasks)
     expert = MLPExpert(num_features, config.hidden_features, config.expert_features)
     router = GATES[gate](config, num_features)
-    model = PoolClassifier(expert, router, num_classes)
+    model = PoolClassifier(expert, router, width)
     strategy = make_strategy(model, [ExpertPoolPlugin()], config.learning_rate, config.batch_size, config.epochs)
     tested, oracle, alone = (Ledger(tasks) for _ in range(3))
     num_experts, loads = [], []
@@ -192,9 +192,9 @@ def run_mlp(
 ) -> MethodRecord:
     """One MLP with as many parameters as the pool has with its statistics, trained by one of Avalanche's methods."""
     torch.manual_seed(seed)
-    num_features, num_classes = tasks[0].train_x.shape[1], count_classes(tasks)
-    hidden = max(1, round((parameters - num_classes) / (num_features + 1 + num_classes)))
-    model = nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
+    num_features, width = tasks[0].train_x.shape[1], num_classes(tasks)
+    hidden = max(1, round((parameters - width) / (num_features + 1 + width)))
+    model = nn.Sequential(nn.Linear(num_features, hidden), nn.GELU(), nn.Linear(hidden, width))
     plugins = baseline_plugins(method, config.memory)
     strategy = make_strategy(model, plugins, config.learning_rate, config.batch_size, config.epochs)
     ledger = Ledger(tasks)
@@ -207,11 +207,6 @@ def run_mlp(
             ledger.add(trained(ledger.x).argmax(1))
         ledger.seconds += time.perf_counter() - start
     return ledger.record(count_parameters(model).total)
-
-
-def count_classes(tasks: Sequence[TaskData]) -> int:
-    """Width of the output that the stream needs."""
-    return 1 + max(max(task.classes) for task in tasks)
 
 
 def join(tasks: Sequence[TaskData]) -> TaskData:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.gating.fitted import ClasswiseRouter, class_generator
+from modmoe.gating.ppca import leading_subspace
 from modmoe.growable import RowSpec
 from modmoe.pool import Rows
 
@@ -16,8 +17,8 @@ BATCH_SIZE = 128
 class AutoencoderRouter(ClasswiseRouter):
     """s_c(x) = -|x - r_c(x)|^2 / (2 width^2), with r_c(x) = A relu(B x + b) + a trained on class c alone.
 
-    Training happens inside :meth:`observe` (Adam on the mean squared error); the weights are rows of statistics that
-    no later gradient touches.
+    Training happens inside :meth:`observe` (Adam on the mean squared error, from the class's H // 2 principal
+    directions); the weights are rows of statistics that no later gradient touches.
 
     Args:
         in_features: D.
@@ -31,7 +32,7 @@ class AutoencoderRouter(ClasswiseRouter):
     Raises:
         ValueError: if hidden_features or epochs is below 1, or learning_rate or width not positive.
     Source:
-        Aljundi et al. 2017, Expert Gate (there one for each task, and without bias towards any scale).
+        Aljundi et al. 2017, Expert Gate (there one for each task, on the features of a frozen network).
     """
 
     streaming = False
@@ -78,12 +79,14 @@ class AutoencoderRouter(ClasswiseRouter):
         assert old is None
         generator = class_generator(self.seed, label)
         D, H = self.in_features, self.hidden_features
-        network = {
-            "encoder": uniform((H, D), D, generator).to(x),
-            "encoder_bias": uniform((H,), D, generator).to(x),
-            "decoder": uniform((D, H), H, generator).to(x),
-            "decoder_bias": x.mean(0),
-        }
+        mean, encoder = x.mean(0), uniform((H, D), D, generator).to(x)
+        decoder = uniform((D, H), H, generator).to(x)
+        # a pair of units u and -u is linear: the start reconstructs as H // 2 principal directions do
+        rank = min(H // 2, D)
+        directions = leading_subspace(x - mean, rank, generator)[1]
+        pairs = torch.cat([directions, -directions], 1)
+        encoder[: 2 * rank], decoder[:, : 2 * rank], decoder[:, 2 * rank :] = pairs.T, pairs, 0
+        network = {"encoder": encoder, "encoder_bias": -encoder @ mean, "decoder": decoder, "decoder_bias": mean}
         for tensor in network.values():
             tensor.requires_grad_()
         optimizer = torch.optim.Adam(network.values(), lr=self.learning_rate)

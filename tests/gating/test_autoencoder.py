@@ -48,6 +48,15 @@ def test_reconstruction_equals_a_sequential_network():
     assert_close(reconstruct(x, first.weight, first.bias, last.weight, last.bias), network(x))
 
 
+def test_training_starts_from_principal_directions():
+    x = torch.randn(100, 6, generator=generator()) * torch.tensor([4.0, 3, 1, 0.5, 0.5, 0.1]) + 2
+    router = AutoencoderRouter(6, hidden_features=5, epochs=1, learning_rate=1e-9)  # two pairs, and a unit without use
+    centred = x - x.mean(0)
+    principal = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    expected = -0.5 * (centred - centred @ principal.T @ principal).square().sum(1, keepdim=True)
+    assert_close(router.score(x, fitted(router, x).namespace("gate")), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_more_epochs_reconstruct_better():
     x = torch.randn(200, 2, generator=generator()) @ torch.randn(2, 10, generator=generator(1))
     errors = []
