@@ -474,4 +474,4 @@ def test_copies_belong_to_their_source_s_task_and_no_other():
 def test_an_expert_s_weights_take_no_more_rows():
     pool = ExpertPool(MLPExpert(4, 3), 1)
     with pytest.raises(ValueError, match="add experts instead"):
-        pool.add_rows("expert", 0, {name: rows for name, rows in pool.namespace("expert").items()})
+        pool.add_rows("expert", 0, dict(pool.namespace("expert").items()))
