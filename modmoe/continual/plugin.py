@@ -125,6 +125,11 @@ class ExpertPoolPlugin(SupervisedPlugin):
                 "ExpertPoolPlugin(growth=...), or split the stream with access_task_boundaries=True"
             )
         if classifier is not None:
+            if isinstance(experience, OnlineCLExperience) and not classifier.gate_streams:
+                raise ValueError(
+                    f"{type(classifier.layer.router).__name__} is fitted to all of a task's data at once: "
+                    "an online stream needs GaussianRouter or PrototypeRouter"
+                )
             classifier.check_input(torch.as_tensor(dataset[0][0])[None].to(strategy.device))
         if self._task_begins(experience, classifier, strategy):
             if self.growth is not None and self.num_tasks:
@@ -211,8 +216,6 @@ class ExpertPoolPlugin(SupervisedPlugin):
             for x, y in _batches(dataset, self.fit_batch_size, strategy.device):
                 classifier.observe(classifier.training_id, x, y)
             return
-        if isinstance(strategy.experience, OnlineCLExperience):
-            raise ValueError(f"{type(classifier.layer.router).__name__} is fitted to all data of a task at once")
         x, y = next(_batches(dataset, len(dataset), strategy.device))
         classifier.observe(classifier.training_id, x, y)
 
