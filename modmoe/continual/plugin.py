@@ -47,7 +47,7 @@ class ExpertPoolPlugin(SupervisedPlugin):
         growth: when to grow; None for every task. It needs a PoolClassifier.
         mask_logits: mask as above.
         freeze_after_first: names of submodules to freeze after the first task, normalisation statistics too.
-        fit_batch_size: samples in one step of fitting the gate.
+        fit_batch_size: samples in one step of fitting the gate; some gates solve a large system in each step.
     Raises:
         ValueError: before the first training step, on a model without MoELayers, a plugin that breaks on a growing
             model, an unknown submodule, an online stream without boundaries and rule, or an empty experience.
@@ -59,7 +59,7 @@ class ExpertPoolPlugin(SupervisedPlugin):
         growth: GrowthRule | None = None,
         mask_logits: bool = True,
         freeze_after_first: Sequence[str] = (),
-        fit_batch_size: int = 1024,
+        fit_batch_size: int = 65536,
     ):
         super().__init__()
         if num_experts < 1:

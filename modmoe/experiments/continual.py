@@ -11,15 +11,23 @@ from torch import Tensor, nn
 
 from modmoe.analysis import Matrix, MethodRecord, joint_distribution
 from modmoe.continual import ExpertPoolPlugin, PoolClassifier, task_positions
+from modmoe.continual.features import ConcatFeatures, PatchFeatures
 from modmoe.continual.strategies import Baseline, baseline_plugins, make_strategy
 from modmoe.continual.streams import StreamSettings, TaskData, load_stream, num_classes, to_benchmark
 from modmoe.experiments.ledger import Ledger
 from modmoe.experts import MLPExpert
-from modmoe.gating import AutoencoderRouter, FittedRouter, GaussianRouter, PPCARouter, PrototypeRouter
+from modmoe.gating import (
+    AutoencoderRouter,
+    FittedRouter,
+    GaussianRouter,
+    PPCARouter,
+    PrototypeRouter,
+    StickRouter,
+)
 from modmoe.growth import count_parameters
 from modmoe.routing import Routing
 
-Gate = Literal["gaussian", "gaussian_per_expert", "prototype", "ppca", "autoencoder"]
+Gate = Literal["gaussian", "gaussian_per_expert", "prototype", "ppca", "autoencoder", "stick", "stick_density"]
 StreamName = Literal[
     "split_digits",
     "permuted_digits",
@@ -29,12 +37,17 @@ StreamName = Literal[
     "rotated_mnist",
     "mnist_fashion_animals",
 ]
-GATES: dict[str, Callable[["ContinualConfig", int], FittedRouter]] = {
-    "gaussian": lambda config, d: GaussianRouter(d, regularization=config.regularization),
-    "gaussian_per_expert": lambda config, d: GaussianRouter(d, False, regularization=config.regularization),
-    "prototype": lambda config, d: PrototypeRouter(d),
-    "ppca": lambda config, d: PPCARouter(d),
-    "autoencoder": lambda config, d: AutoencoderRouter(d),
+# config, features that gate and experts read, classes, pixels among the features (they stand last)
+GATES: dict[str, Callable[["ContinualConfig", int, int, int], FittedRouter]] = {
+    "gaussian": lambda config, d, *_: GaussianRouter(d, regularization=config.regularization),
+    "gaussian_per_expert": lambda config, d, *_: GaussianRouter(d, False, regularization=config.regularization),
+    "prototype": lambda config, d, *_: PrototypeRouter(d),
+    "ppca": lambda config, d, *_: PPCARouter(d),
+    "autoencoder": lambda config, d, *_: AutoencoderRouter(d),
+    "stick": lambda config, d, width, _: StickRouter(d, width),
+    "stick_density": lambda config, d, width, pixels: StickRouter(
+        d, width, density=PPCARouter(pixels), density_slice=None if pixels == d else (d - pixels, d)
+    ),
 }
 GATE_NAMES = {
     "gaussian": "Gaussian for each class",
@@ -42,6 +55,8 @@ GATE_NAMES = {
     "prototype": "nearest class mean",
     "ppca": "mixture of probabilistic PCA for each class",
     "autoencoder": "autoencoder for each class",
+    "stick": "frozen heads, newest first",
+    "stick_density": "frozen heads, newest first, with a mixture of probabilistic PCA for each class",
 }
 ABOUT = {
     "pool": "a growing pool; each sample goes to the expert whose {gate} explains it best",
@@ -66,6 +81,9 @@ class ContinualConfig:
         test_share: share of each class kept for the test, where the data come without a split.
         root: folder of the images that scripts/fetch_data.py gets.
         limit: at most so many images of each class; null for all.
+        features: what gates, experts and baselines read: the pixels, or besides them the responses of filters that
+            are learned from the first task's images and frozen (28x28 images only).
+        num_filters: of these.
         gate: the gate of the method ``pool``, named before the run.
         other_gates: gates that run besides, as ``pool_<gate>``.
         baselines: Avalanche's methods that run besides.
@@ -83,6 +101,8 @@ class ContinualConfig:
     test_share: float = 0.25
     root: str = "data"
     limit: int | None = None
+    features: Literal["pixels", "patches"] = "pixels"
+    num_filters: int = 100
     gate: Gate = "gaussian"
     other_gates: list[Gate] = field(default_factory=lambda: ["gaussian_per_expert", "prototype"])
     baselines: list[Baseline] = field(default_factory=lambda: ["naive", "replay", "joint"])
@@ -107,12 +127,16 @@ class ContinualConfig:
     def _run(self, seed: int, progress: Callable[[str], None]) -> dict[str, MethodRecord]:
         settings = StreamSettings(self.num_tasks, self.test_share, self.root, self.limit)
         tasks = load_stream(self.stream, seed, settings)
+        num_pixels = tasks[0].train_x.shape[1]
+        if self.features == "patches":
+            progress("features")
+            tasks = with_patch_features(tasks, self.num_filters, seed)
         progress("pool")
-        pool = run_pool(self, tasks, self.gate, seed)
+        pool = run_pool(self, tasks, self.gate, seed, num_pixels)
         records = {"pool": pool["pool"]}
         for gate in self.other_gates:
             progress(f"pool_{gate}")
-            records[f"pool_{gate}"] = run_pool(self, tasks, gate, seed)["pool"]
+            records[f"pool_{gate}"] = run_pool(self, tasks, gate, seed, num_pixels)["pool"]
         records |= {name: record for name, record in pool.items() if name != "pool"}
         for name in self.baselines:
             progress(name)
@@ -124,12 +148,25 @@ class ContinualConfig:
         return records
 
 
-def run_pool(config: ContinualConfig, tasks: Sequence[TaskData], gate: str, seed: int) -> dict[str, MethodRecord]:
+def with_patch_features(tasks: Sequence[TaskData], num_filters: int, seed: int) -> list[TaskData]:
+    """The tasks with filter responses before the pixels; only the first task's training images are looked at.
+
+    Computed once for all methods, which makes no difference to computing them in each step: they are frozen.
+    """
+    extractor = ConcatFeatures(PatchFeatures(num_filters=num_filters, seed=seed), nn.Identity())
+    extractor.fit(tasks[0].train_x)
+    with torch.no_grad():
+        return [TaskData(extractor(t.train_x), t.train_y, extractor(t.test_x), t.test_y) for t in tasks]
+
+
+def run_pool(
+    config: ContinualConfig, tasks: Sequence[TaskData], gate: str, seed: int, num_pixels: int
+) -> dict[str, MethodRecord]:
     """A growing pool; with it, from the same training, oracle routing and the gate as a classifier of its own."""
     torch.manual_seed(seed)
     num_features, width = tasks[0].train_x.shape[1], num_classes(tasks)
     expert = MLPExpert(num_features, config.hidden_features, config.expert_features)
-    router = GATES[gate](config, num_features)
+    router = GATES[gate](config, num_features, width, num_pixels)
     model = PoolClassifier(expert, router, width)
     strategy = make_strategy(model, [ExpertPoolPlugin()], config.learning_rate, config.batch_size, config.epochs)
     tested, oracle, alone = (Ledger(tasks) for _ in range(3))
@@ -184,7 +221,7 @@ def gate_alone(model: PoolClassifier, router: FittedRouter, features: Tensor) ->
     rows = model.pool.namespace(model.layer.namespace)
     joint, labels = router.class_log_joint(features, rows)
     best = joint.argmax(1)
-    return labels[best], rows.owner("label")[best]
+    return labels[best], router.class_owner(rows)[best]
 
 
 def run_mlp(

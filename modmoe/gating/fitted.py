@@ -61,6 +61,10 @@ class FittedRouter(Router):
             scores (T, R), of which the highest wins, and the class of each, (R,) int64.
         """
 
+    def class_owner(self, rows: Rows) -> Tensor:
+        """(R,) int64: the position of the expert that each class of :meth:`class_log_joint` belongs to."""
+        return rows.owner("label")
+
     @abstractmethod
     def updated_rows(self, old: dict[str, Tensor], x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What one expert's rows become.

@@ -121,6 +121,9 @@ class StickRouter(FittedRouter):
         scores, labels, _ = self._class_scores(at_least_float32(x), rows)
         return scores, labels
 
+    def class_owner(self, rows: Rows) -> Tensor:
+        return rows.owner("label")[rows["own"]]
+
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         x = at_least_float32(x)
         scores, _, owner = self._class_scores(x, rows)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from modmoe.cli import main
+from modmoe.continual.streams import STREAMS
 from modmoe.experiments.continual import GATES, ContinualConfig
 
 METHODS = ["pool", "pool_gaussian_per_expert", "pool_prototype", "oracle", "router_only", "naive", "replay", "joint"]
@@ -56,9 +57,51 @@ def test_files_are_written(results):
     assert list((out / "tensorboard" / "seed0" / "pool").glob("events*"))
 
 
-def test_config_file_names_the_gate_and_its_keys_exist():
-    settings = yaml.safe_load(CONFIG.read_text())
+CONFIGS = sorted(CONFIG.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_every_config_names_its_gate_and_known_keys(path):
+    settings = yaml.safe_load(path.read_text())
     assert settings.pop("experiment") == "continual"
-    assert settings.pop("seeds") == 5
+    assert settings.pop("seeds") >= 3
     assert settings["gate"] in GATES
+    assert settings["stream"] in STREAMS
     assert settings.keys() <= vars(ContinualConfig()).keys()
+    assert path.read_text().startswith("#"), "a header says cost, seeds and the last result"
+
+
+def test_domain_incremental_stream_and_avalanche_s_methods():
+    config = ContinualConfig(
+        stream="permuted_digits", num_tasks=2, limit=20, epochs=1, baselines=["gdumb", "ewc", "lwf"], other_gates=[]
+    )
+    records = config.run(0, lambda text: None)
+    assert list(records) == ["pool", "oracle", "router_only", "gdumb", "ewc", "lwf"]
+    # the permutation is easy to see, and the classes are the same in both tasks
+    assert records["pool"].metrics["routing_accuracy"] > 0.9
+    assert records["pool"].matrices["routing"].values.shape == (2, 2)
+    assert records["router_only"].metrics["routing_accuracy"] == records["pool"].metrics["routing_accuracy"]
+
+
+def test_filters_of_the_first_task_and_the_stick_gate():
+    config = ContinualConfig(
+        stream="split_mnist5k",
+        num_tasks=2,
+        limit=20,
+        features="patches",
+        num_filters=8,
+        gate="stick",
+        other_gates=[],
+        baselines=[],
+        epochs=4,
+    )
+    records = config.run(0, lambda text: None)
+    assert records["pool"].metrics["accuracy"] > 0.5
+    # class and expert of the gate's own answer agree
+    gate = records["router_only"].metrics
+    assert gate["routing_accuracy"] >= gate["accuracy"]
+
+
+def test_the_main_gate_runs_once():
+    with pytest.raises(ValueError, match="is the main one already"):
+        ContinualConfig(gate="prototype")
