@@ -1,7 +1,6 @@
 """Continual learning: a pool that grows over a stream, its gates, and honest controls."""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from modmoe.analysis import Matrix, MethodRecord, joint_distribution
 from modmoe.continual import ExpertPoolPlugin, PoolClassifier, task_positions
 from modmoe.continual.features import ConcatFeatures, PatchFeatures
-from modmoe.continual.strategies import Baseline, baseline_plugins, make_strategy
+from modmoe.continual.strategies import Baseline, baseline_plugins, make_strategy, without_avalanche_s_warnings
 from modmoe.continual.streams import StreamSettings, TaskData, load_stream, num_classes, to_benchmark
 from modmoe.experiments.ledger import Ledger
 from modmoe.experts import MLPExpert
@@ -120,8 +119,7 @@ class ContinualConfig:
 
     def run(self, seed: int, progress: Callable[[str], None]) -> dict[str, MethodRecord]:
         """Run every method with one seed; see `modmoe.experiments.registry.ExperimentConfig`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="avalanche")  # its own deprecations, nothing a user can mend
+        with without_avalanche_s_warnings():
             return self._run(seed, progress)
 
     def _run(self, seed: int, progress: Callable[[str], None]) -> dict[str, MethodRecord]:
