@@ -85,10 +85,10 @@ def _cell(entry: dict | None, count: bool) -> str:
     if entry["mean"] is None:
         return "n/a"
     half = half_width(entry["seeds"])
-    if half is None:
+    if half is None or (count and half == 0):  # a size that no seed changes needs no interval
         return f"{entry['mean']:,.0f}" if count else _number(entry["mean"])
     if count:
-        decimals = 0 if half == 0 or abs(entry["mean"]) >= 1000 else 1
+        decimals = 0 if abs(entry["mean"]) >= 1000 else 1
         return f"{entry['mean']:,.{decimals}f} ± {half:,.{decimals}f}"
     return f"{_number(entry['mean'])} ± {_number(half)}"
 
@@ -233,7 +233,7 @@ _CSS = """
   --muted: #94a1b1; --line: #2a343f; --none: #1d252e } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 64px }
+main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 64px }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 8px; overflow-wrap: anywhere }
 h2 { font-size: 18px; margin: 0 }
 h2::first-letter { text-transform: uppercase }
@@ -245,8 +245,8 @@ section { margin-top: 36px }
 .scroll { overflow-x: auto }
 code, pre, .config { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.results { width: 100% }
-.results th, .results td { padding: 10px 16px; text-align: right; border-top: 1px solid var(--line) }
+.results { width: 100%; font-size: 14px }
+.results th, .results td { padding: 9px 11px; text-align: right; border-top: 1px solid var(--line) }
 .results td { white-space: nowrap }
 .results thead th { border-top: 0; color: var(--muted); font-size: 13px; font-weight: 500;
   vertical-align: bottom; line-height: 1.3 }

@@ -5,7 +5,7 @@ from modmoe.hosts import import_host
 import_host("avalanche.training")
 
 from modmoe.continual.classifier import UNKNOWN, PoolClassifier, task_positions  # noqa: E402
-from modmoe.continual.novelty import GrowthRule, NewClasses  # noqa: E402
+from modmoe.continual.novelty import GrowthRule, NewClasses, Novelty  # noqa: E402
 from modmoe.continual.plugin import ExpertPoolPlugin  # noqa: E402
 from modmoe.continual.resume import resume_stream, save_stream  # noqa: E402
 
@@ -14,6 +14,7 @@ __all__ = [
     "ExpertPoolPlugin",
     "GrowthRule",
     "NewClasses",
+    "Novelty",
     "PoolClassifier",
     "resume_stream",
     "save_stream",

@@ -172,10 +172,7 @@ class PoolClassifier(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless the backbone makes features of the right size of x (B, ...)."""
-        with torch.no_grad():
-            was_training = self.backbone.training
-            features = self.backbone.eval()(x).flatten(1)
-            self.backbone.train(was_training)
+        features = self.extract(x)
         needed = self.pool.expert.in_features
         if features.shape[1] != needed:
             raise ValueError(
@@ -191,12 +188,17 @@ class PoolClassifier(nn.Module):
         return found
 
     @torch.no_grad()
-    def observe(self, expert_id: int, x: Tensor, labels: Tensor) -> None:
-        """Fit the gate's statistics of one expert to its data; x as in :meth:`forward`."""
+    def extract(self, x: Tensor) -> Tensor:
+        """The features as the gate sees them: backbone in eval mode, no gradient, nothing changed."""
         was_training = self.backbone.training
         self.backbone.eval()
-        self.layer.observe(expert_id, self.features(x), labels)
+        features = self.features(x)
         self.backbone.train(was_training)
+        return features
+
+    def observe(self, expert_id: int, x: Tensor, labels: Tensor) -> None:
+        """Fit the gate's statistics of one expert to its data; x as in :meth:`forward`."""
+        self.layer.observe(expert_id, self.extract(x), labels)
 
     def freeze_backbone(self) -> None:
         """Freeze the shared backbone: weights, and normalisation statistics whatever mode the model is put into."""

@@ -1,17 +1,33 @@
 """When a stream without task boundaries needs a new expert."""
 
-from typing import Protocol
+from collections import deque
+from statistics import fmean, stdev
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from modmoe.continual.classifier import PoolClassifier
 
+Decision = Literal["train", "hold", "grow"]
+
 
 class GrowthRule(Protocol):
-    """Decides, before a batch of new data is trained on, whether it needs a new expert."""
+    """Decides, before a part of a stream is trained on, what to do with it.
 
-    def wants_expert(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> bool:
-        """True if the data (x, y) belong to a new task."""
+    Attributes:
+        stateless: True if nothing has to be remembered to go on with a stream that was stopped.
+    """
+
+    stateless: bool
+
+    def decide(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> Decision:
+        """What to do with the part's data (x, y).
+
+        Returns:
+            "train": the current expert learns it, with what was held before; "hold": keep it in a buffer, nobody
+            learns it yet; "grow": a new expert learns it, with what was held before.
+        """
         ...
 
 
@@ -22,13 +38,113 @@ class NewClasses:
         min_classes: an expert takes in new classes until it has so many.
     """
 
+    stateless = True
+
     def __init__(self, min_classes: int = 1):
         if min_classes < 1:
             raise ValueError(f"min_classes must be at least 1, got {min_classes}")
         self.min_classes = min_classes
 
-    def wants_expert(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> bool:
+    def decide(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> Decision:
         known = classifier.classes_of()
         mine = known.get(classifier.training_id, [])
         everyone = {label for labels in known.values() for label in labels}
-        return len(mine) >= self.min_classes and not set(y.tolist()) <= everyone
+        return "grow" if len(mine) >= self.min_classes and not set(y.tolist()) <= everyone else "train"
+
+
+class Novelty:
+    """Grow when the inputs no longer look like the current task's, whatever their labels.
+
+    A Gaussian over random projections of the features is fitted to the current task as it goes on. A part of the
+    stream is a breach if the mean squared Mahalanobis distance of its samples lies more than ``sigmas`` standard
+    deviations above what earlier parts of the task showed. A breach is held back; ``patience`` breaches in a row are
+    a new task, and the new expert learns what was held; fewer were a false alarm, and the current expert does. Parts
+    should be of one size: a smaller one varies more. What is held when a stream ends is not learned.
+
+    Args:
+        num_projections: dimension of the Gaussian.
+        sigmas: height of a breach.
+        patience: breaches in a row that make a new task.
+        warmup: samples of a task that are seen before any part of it is judged.
+        history: most recent parts that a part is compared with; at least 20 are waited for.
+        seed: of the projections.
+    """
+
+    stateless = False
+    MIN_HISTORY = 20
+    RIDGE = 1e-3  # added to the projections' variances
+
+    def __init__(
+        self,
+        num_projections: int = 100,
+        sigmas: float = 5.0,
+        patience: int = 2,
+        warmup: int = 1000,
+        history: int = 200,
+        seed: int = 0,
+    ):
+        if min(num_projections, patience, warmup) < 1 or sigmas <= 0 or history < self.MIN_HISTORY:
+            raise ValueError(
+                f"num_projections, patience and warmup must be at least 1, sigmas positive and history at least "
+                f"{self.MIN_HISTORY}, got {num_projections}, {patience}, {warmup}, {sigmas} and {history}"
+            )
+        self.num_projections = num_projections
+        self.sigmas = sigmas
+        self.patience = patience
+        self.warmup = warmup
+        self.history = history
+        self.seed = seed
+        self._projection: Tensor | None = None
+        self._start_task()
+
+    def _start_task(self) -> None:
+        self._count = 0
+        self._mean = torch.zeros(self.num_projections, dtype=torch.float64)
+        self._scatter = torch.zeros(self.num_projections, self.num_projections, dtype=torch.float64)
+        self._seen: deque[float] = deque(maxlen=self.history)
+        self._held: list[Tensor] = []
+
+    def decide(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> Decision:
+        z = self._project(classifier.extract(x))
+        distance = self._distance(z) if self._count >= self.warmup else None
+        if distance is not None and self._is_breach(distance):
+            self._held.append(z)
+            if len(self._held) < self.patience:
+                return "hold"
+            held = torch.cat(self._held)
+            self._start_task()
+            self._absorb(held)
+            return "grow"
+        if distance is not None:
+            self._seen.append(distance)
+        self._absorb(torch.cat([*self._held, z]))
+        self._held = []
+        return "train"
+
+    def _is_breach(self, distance: float) -> bool:
+        enough = len(self._seen) >= self.MIN_HISTORY
+        return enough and distance > fmean(self._seen) + self.sigmas * stdev(self._seen)
+
+    def _project(self, features: Tensor) -> Tensor:
+        features = features.double().cpu()
+        projection = self._projection
+        if projection is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            shape = (features.shape[1], self.num_projections)
+            projection = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
+            self._projection = projection
+        return features @ projection
+
+    def _distance(self, z: Tensor) -> float:
+        variance = self._scatter / self._count + self.RIDGE * torch.eye(self.num_projections, dtype=torch.float64)
+        lower = torch.linalg.cholesky(variance)
+        whitened = torch.linalg.solve_triangular(lower, (z - self._mean).T, upper=False)
+        return float(whitened.square().sum(0).mean())
+
+    def _absorb(self, z: Tensor) -> None:
+        total = self._count + len(z)
+        shift = z.mean(0) - self._mean
+        centred = z - z.mean(0)
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self._count * len(z) / total)
+        self._mean += shift * (len(z) / total)
+        self._count = total

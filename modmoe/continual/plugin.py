@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from modmoe.continual.classifier import UNKNOWN, PoolClassifier
-from modmoe.continual.novelty import GrowthRule
+from modmoe.continual.novelty import Decision, GrowthRule
 from modmoe.growth import freeze, grow, pools
 from modmoe.layer import MoELayer
 from modmoe.optim import sync_optimizer
@@ -45,6 +45,7 @@ class ExpertPoolPlugin(SupervisedPlugin):
     Args:
         num_experts: how many experts each pool of a model that is not a PoolClassifier grows by.
         growth: when to grow; None for every task. It needs a PoolClassifier.
+        max_experts: a rule's wish to grow beyond this is not granted: the newest expert learns on. None: no limit.
         mask_logits: mask as above.
         freeze_after_first: names of submodules to freeze after the first task, normalisation statistics too.
         fit_batch_size: samples in one step of fitting the gate; some gates solve a large system in each step.
@@ -57,6 +58,7 @@ class ExpertPoolPlugin(SupervisedPlugin):
         self,
         num_experts: int = 1,
         growth: GrowthRule | None = None,
+        max_experts: int | None = None,
         mask_logits: bool = True,
         freeze_after_first: Sequence[str] = (),
         fit_batch_size: int = 65536,
@@ -65,13 +67,18 @@ class ExpertPoolPlugin(SupervisedPlugin):
         if num_experts < 1:
             raise ValueError(f"num_experts must be at least 1, got {num_experts}")
         self.num_experts = num_experts
+        if max_experts is not None and (max_experts < 1 or growth is None):
+            raise ValueError(f"max_experts limits a growth rule and is at least 1, got {max_experts} with {growth}")
         self.growth = growth
+        self.max_experts = max_experts
         self.mask_logits = mask_logits
         self.freeze_after_first = tuple(freeze_after_first)
         self.fit_batch_size = fit_batch_size
         self.num_tasks = 0
         self._classes: list[int] = []
         self._finished = False  # a task is over, and its experts are not frozen yet
+        self._decision: Decision = "train"
+        self._held: list[Any] = []  # data sets of parts that nobody has learned yet
         self._frozen_modules: list[nn.Module] = []
 
     def state(self) -> dict[str, Any]:
@@ -131,13 +138,29 @@ class ExpertPoolPlugin(SupervisedPlugin):
                     "an online stream needs GaussianRouter or PrototypeRouter"
                 )
             classifier.check_input(torch.as_tensor(dataset[0][0])[None].to(strategy.device))
-        if self._task_begins(experience, classifier, strategy):
-            if self.growth is not None and self.num_tasks:
+        if self.growth is not None and classifier is not None and self.num_tasks:
+            self._decision = self._decide(dataset, classifier, strategy)
+            if self._decision == "grow":
                 self._finished = True
                 self._freeze_finished(strategy)
+        if self._decision == "hold":
+            return
+        self._classes = sorted({*self._classes, *(int(t) for held in self._held for t in held.targets)})
+        if self.num_tasks == 0 or self._decision == "grow" or self._starts_task(experience):
             self._begin_task(strategy, classifier)
         elif classifier is not None:
             classifier.add_classes(classifier.training_id, self._classes)
+
+    def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Learn what was held, too."""
+        if self._held and self._decision != "hold":
+            for held in self._held:
+                strategy.adapted_dataset = strategy.adapted_dataset.concat(held)
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Train on nothing while a part is held."""
+        if self._decision == "hold":
+            strategy.stop_training()
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Bring the optimizer in line with the grown pools."""
@@ -163,8 +186,13 @@ class ExpertPoolPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Fit the gate."""
         classifier = find_classifier(strategy.model)
-        if classifier is not None:
-            self._fit_gate(strategy, classifier)
+        if self._decision == "hold":
+            self._held.append(strategy.experience.dataset)
+        elif classifier is not None:
+            for dataset in (*self._held, strategy.experience.dataset):
+                self._fit_gate(dataset, classifier, strategy.device)
+            self._held = []
+        self._decision = "train"
         self._finished = self.growth is None and bool(getattr(strategy.experience, "is_last_subexp", True))
 
     def after_training(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
@@ -173,13 +201,15 @@ class ExpertPoolPlugin(SupervisedPlugin):
 
     # -- tasks -----------------------------------------------------------------------------------------
 
-    def _task_begins(self, experience: Any, classifier: PoolClassifier | None, strategy: Any) -> bool:
-        if self.growth is None or classifier is None:
-            return bool(getattr(experience, "is_first_subexp", True))
-        if self.num_tasks == 0:
-            return True
-        x, y = next(_batches(experience.dataset, len(experience.dataset), strategy.device))
-        return self.growth.wants_expert(classifier, x, y)
+    def _starts_task(self, experience: Any) -> bool:
+        return self.growth is None and bool(getattr(experience, "is_first_subexp", True))
+
+    def _decide(self, dataset: Any, classifier: PoolClassifier, strategy: Any) -> Decision:
+        assert self.growth is not None
+        x, y = next(_batches(dataset, len(dataset), strategy.device))
+        decision = self.growth.decide(classifier, x, y)
+        full = self.max_experts is not None and classifier.pool.num_experts >= self.max_experts
+        return "train" if decision == "grow" and full else decision
 
     def _begin_task(self, strategy: Any, classifier: PoolClassifier | None) -> None:
         task = self.num_tasks
@@ -210,14 +240,10 @@ class ExpertPoolPlugin(SupervisedPlugin):
         for module in self._frozen_modules:
             module.requires_grad_(False).eval()
 
-    def _fit_gate(self, strategy: Any, classifier: PoolClassifier) -> None:
-        dataset = strategy.experience.dataset
-        if classifier.gate_streams:
-            for x, y in _batches(dataset, self.fit_batch_size, strategy.device):
-                classifier.observe(classifier.training_id, x, y)
-            return
-        x, y = next(_batches(dataset, len(dataset), strategy.device))
-        classifier.observe(classifier.training_id, x, y)
+    def _fit_gate(self, dataset: Any, classifier: PoolClassifier, device: Any) -> None:
+        size = self.fit_batch_size if classifier.gate_streams else len(dataset)
+        for x, y in _batches(dataset, size, device):
+            classifier.observe(classifier.training_id, x, y)
 
 
 @torch.no_grad()

@@ -60,4 +60,6 @@ def _pool_plugin(strategy: Any) -> ExpertPoolPlugin:
     found = [plugin for plugin in strategy.plugins if isinstance(plugin, ExpertPoolPlugin)]
     if len(found) != 1:
         raise ValueError(f"the strategy needs one ExpertPoolPlugin, it has {len(found)}")
+    if found[0].growth is not None and not found[0].growth.stateless:
+        raise ValueError(f"the state of the rule {type(found[0].growth).__name__} cannot be saved")
     return found[0]

@@ -28,7 +28,7 @@ def test_the_table_shows_mean_and_half_width():
     assert metrics == ["a", "count", "b"]
     # a: mean 1; half-width t(0.975, 1) * s / sqrt(2) = 12.706 * 1; "a" holds whole numbers, so it is a count
     # count: both seeds 4, so the half-width is exactly 0 and no decimals are needed
-    assert rows == [["pool", "1.0 ± 12.7", "4 ± 0", "–"], ["control", "–", "–", "n/a"]]  # noqa: RUF001
+    assert rows == [["pool", "1.0 ± 12.7", "4", "–"], ["control", "–", "–", "n/a"]]  # noqa: RUF001
 
 
 def test_one_seed_gives_no_interval():

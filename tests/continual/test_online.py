@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import modmoe
-from modmoe.continual import ExpertPoolPlugin, NewClasses, PoolClassifier
+from modmoe.continual import ExpertPoolPlugin, NewClasses, Novelty, PoolClassifier, save_stream
 from modmoe.continual.streams import to_online
 
 pytestmark = [pytest.mark.filterwarnings("ignore:No loggers specified")]
@@ -89,6 +89,69 @@ def test_a_gate_that_needs_all_data_at_once_refuses_parts(blobs, strategy_of):
     assert model.classes_of() == {}
 
 
+def novelty_stream(blobs, num_tasks=2):
+    """Tasks of 400 samples in parts of 10: after 100 samples of warm-up and 20 parts of history there is room."""
+    tasks = blobs(num_tasks, n=400)
+    return tasks, to_online(tasks, 10)
+
+
+def novelty(**options):
+    return Novelty(num_projections=4, warmup=100, **options)
+
+
+def test_novelty_finds_the_task_and_the_held_data_are_learned(blobs, strategy_of):
+    tasks, parts = novelty_stream(blobs)
+    model, strategy = make(strategy_of, growth=novelty())
+    sizes = []
+    for part in parts:
+        strategy.train(part)
+        sizes.append(model.pool.num_experts)
+    # 40 parts a task: the 41st breaches and is held, the 42nd breaches again: a new expert, which learns both
+    assert sizes == [1] * 41 + [2] * 39
+    assert model.classes_of() == {0: [0, 1], 1: [2, 3]}
+    counts = [model.pool.expert_state(i)["gate.count"].sum().item() for i in (0, 1)]
+    assert counts == [400, 400]
+    assert accuracy(model, tasks) == 1.0
+
+
+def test_a_held_part_changes_nothing_until_it_is_learned(blobs, strategy_of):
+    _, parts = novelty_stream(blobs)
+    model, strategy = make(strategy_of, growth=novelty())
+    for part in parts[:40]:
+        strategy.train(part)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    strategy.train(parts[40])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_false_alarm_is_learned_by_the_current_expert(blobs, strategy_of):
+    _, parts = novelty_stream(blobs)
+    model, strategy = make(strategy_of, growth=novelty())
+    for part in [*parts[:39], parts[40], parts[39]]:  # one part of the other task in between
+        strategy.train(part)
+    assert model.pool.num_experts == 1
+    assert model.classes_of()[0] == [0, 1, 2, 3]
+    assert model.pool.expert_state(0)["gate.count"].sum() == 410
+
+
+def test_no_growth_beyond_the_cap(blobs, strategy_of):
+    _, parts = novelty_stream(blobs, num_tasks=3)
+    model, strategy = make(strategy_of, growth=novelty(), max_experts=2)
+    for part in parts:
+        strategy.train(part)
+    assert model.classes_of() == {0: [0, 1], 1: [2, 3, 4, 5]}
+
+
+def test_a_rule_with_state_cannot_be_resumed(blobs, strategy_of, tmp_path):
+    _, strategy = make(strategy_of, growth=novelty())
+    with pytest.raises(ValueError, match="the state of the rule Novelty cannot be saved"):
+        save_stream(tmp_path / "stream", strategy)
+
+
 def test_rule_arguments():
+    with pytest.raises(ValueError, match="history at least 20"):
+        Novelty(history=5)
+    with pytest.raises(ValueError, match="max_experts limits a growth rule"):
+        ExpertPoolPlugin(max_experts=3)
     with pytest.raises(ValueError, match="min_classes must be at least 1"):
         NewClasses(0)
