@@ -95,6 +95,8 @@ class ExpertPool(nn.Module):
 
     def __init__(self, expert: Expert, num_experts: int = 1, task: Task | None = None):
         super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}: no experts compute nothing")
         self.expert = expert
         self.rows = nn.ModuleDict()
         self._specs: dict[str, dict[str, RowSpec]] = {}
@@ -310,7 +312,7 @@ class ExpertPool(nn.Module):
     ) -> tuple[dict[str, int], int | None]:
         """Raise the ValueError that :meth:`add_experts` would; returns the new experts' sizes and the source."""
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}: a pool without experts computes nothing")
+            raise ValueError(f"n must be at least 1, got {n}")
         if task is not None and not isinstance(task, Task):
             raise ValueError(f"a task is a str, an int or None, got {type(task).__name__}")
         merged = self.expert.sizes()

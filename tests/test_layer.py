@@ -466,7 +466,7 @@ def test_refused_input_changes_nothing(x, options, message):
 
 def test_a_pool_without_experts():
     for num_experts in (0, -1):
-        with pytest.raises(ValueError, match=f"n must be at least 1, got {num_experts}"):
+        with pytest.raises(ValueError, match=f"num_experts must be at least 1, got {num_experts}"):
             ExpertPool(MLPExpert(D, 8), num_experts)
 
 

@@ -327,7 +327,7 @@ def test_no_copy_without_a_live_source():
 
 
 def test_a_pool_needs_an_expert():
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="num_experts must be at least 1"):
         ExpertPool(MLPExpert(D, H), 0)
 
 

@@ -10,7 +10,7 @@ from avalanche.training.utils import ParamData
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from modmoe.continual.classifier import UNKNOWN, PoolClassifier
+from modmoe.continual.classifier import PoolClassifier
 from modmoe.continual.novelty import Decision, GrowthRule
 from modmoe.growth import freeze, grow, pools
 from modmoe.layer import MoELayer
@@ -80,6 +80,8 @@ class ExpertPoolPlugin(SupervisedPlugin):
         self._decision: Decision = "train"
         self._held: list[Any] = []  # data sets of parts that nobody has learned yet
         self._frozen_modules: list[nn.Module] = []
+        self._masks = False  # whether this experience's logits need a mask
+        self._closed: Tensor | None = None  # (C,) classes outside the experience
 
     def state(self) -> dict[str, Any]:
         """What it has to remember between experiences, as JSON can hold it."""
@@ -165,6 +167,11 @@ class ExpertPoolPlugin(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Bring the optimizer in line with the grown pools."""
         sync_optimizer(strategy.optimizer, strategy.model)
+        classifier = find_classifier(strategy.model)
+        # a PoolClassifier says UNKNOWN of classes that its expert does not own: nothing is left to mask
+        owned = [] if classifier is None else classifier.classes_of().get(classifier.training_id, [])
+        self._masks = self.mask_logits and not (owned and set(owned) <= set(self._classes))
+        self._closed = None
         for plugin in strategy.plugins:
             if isinstance(plugin, EWCPlugin) and plugin.mode == "online":
                 align_importances(plugin, strategy.model)
@@ -176,12 +183,13 @@ class ExpertPoolPlugin(SupervisedPlugin):
 
     def after_forward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Mask logits of classes that are neither in the experience nor (replayed) in the batch."""
-        if self.mask_logits and isinstance(strategy.mb_output, Tensor):
-            closed = torch.ones(strategy.mb_output.shape[1], dtype=torch.bool, device=strategy.mb_output.device)
-            closed[self._classes] = False
-            closed[strategy.mb_y] = False
-            value = MASKED if find_classifier(strategy.model) is None else UNKNOWN
-            strategy.mb_output = strategy.mb_output.masked_fill(closed, value)
+        output = strategy.mb_output
+        if not self._masks or not isinstance(output, Tensor):
+            return
+        if self._closed is None or self._closed.shape != output.shape[1:] or self._closed.device != output.device:
+            self._closed = torch.ones(output.shape[1], dtype=torch.bool, device=output.device)
+            self._closed[self._classes] = False
+        strategy.mb_output = output.masked_fill(self._closed.index_fill(0, strategy.mb_y, False), MASKED)
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Fit the gate."""
