@@ -193,7 +193,8 @@ def run_pool(
         loads.append((routing.load.double() / routing.load.sum()).tolist())
 
     oracle.seconds = tested.seconds
-    count, statistics = count_parameters(model), count_parameters(model).statistics
+    count = count_parameters(model)
+    statistics = count.statistics + sum(buffer.numel() for buffer in router.buffers())  # with what gates share
     owner = torch.tensor([int(task) for task in model.pool.tasks() if task is not None])
     record = tested.record(
         count.total + statistics,
