@@ -54,6 +54,7 @@ class MoELayer(nn.Module):
         self.namespace = namespace
         pool.declare(namespace, router.row_specs(), preserving=router.preserving_growth)
         self._routing: Routing | None = None
+        self._shared_frozen = False
 
     # -- computing ---------------------------------------------------------------------------------
 
@@ -252,6 +253,15 @@ class MoELayer(nn.Module):
             if self.shared_expert is not None:
                 self.shared_expert.requires_grad_(False)
                 self.shared_expert.zero_grad(set_to_none=True)  # an optimizer would still apply what is left there
+                self._shared_frozen = True
+                self.shared_expert.eval()
+
+    def train(self, mode: bool = True) -> "MoELayer":
+        """As of any module; a frozen shared expert stays in eval mode, so that its statistics do not move."""
+        super().train(mode)
+        if self._shared_frozen and self.shared_expert is not None:
+            self.shared_expert.eval()
+        return self
 
     def unfreeze(self, ids: Sequence[int]) -> None:
         """Make experts trainable again."""

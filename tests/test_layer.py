@@ -383,6 +383,16 @@ def test_freezing_everything_freezes_the_shared_expert_and_what_an_optimizer_wou
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
+def test_a_frozen_shared_expert_keeps_its_normalisation_statistics():
+    pool = ExpertPool(MLPExpert(4, 3), 2)
+    layer = MoELayer(pool, TopKRouter(4, 1), shared_expert=nn.BatchNorm1d(4))
+    layer.train()(torch.randn(8, 4))
+    layer.freeze()
+    before = layer.shared_expert.running_mean.clone()
+    layer.train()(torch.randn(8, 4) + 5)
+    assert torch.equal(before, layer.shared_expert.running_mean)
+
+
 def test_freezing_some_leaves_the_shared_expert_trainable():
     layer = layer_of(shared_expert=nn.Linear(D, D))
     layer.freeze([0])

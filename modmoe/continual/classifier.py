@@ -170,6 +170,11 @@ class PoolClassifier(nn.Module):
             raise ValueError(f"class ids in [0, {self.num_classes}) are needed, got {wanted}")
         return wanted
 
+    def fit_backbone(self, x: Tensor) -> None:
+        """Fit a backbone that learns from the first task's inputs, such as PatchFeatures; nothing if it is fitted."""
+        if any(not module.fitted for module in self.backbone.modules() if hasattr(module, "fitted")):
+            self.backbone.fit(x)  # type: ignore[operator]  # what has ``fitted`` can be fitted
+
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError unless the backbone makes features of the right size of x (B, ...)."""
         features = self.extract(x)

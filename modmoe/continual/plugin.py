@@ -28,7 +28,8 @@ class ExpertPoolPlugin(SupervisedPlugin):
 
     The first task is learned by the experts that are there. Before every later one each pool grows; after a task its
     experts are frozen with all that they own. A PoolClassifier gets one expert and its head rows for a task, and its
-    gate is fitted to the task's data in one pass; nothing is stored. In any other model the parts outside the pools
+    gate is fitted to the task's data in one pass, and a backbone such as PatchFeatures to the first experience's
+    inputs; nothing is stored. In any other model the parts outside the pools
     (backbone, head) stay as trainable as they were, unless ``freeze_after_first`` names them. Evaluation changes
     nothing. In Avalanche's order of hooks:
 
@@ -139,6 +140,8 @@ class ExpertPoolPlugin(SupervisedPlugin):
                     f"{type(classifier.layer.router).__name__} is fitted to all of a task's data at once: "
                     "an online stream needs GaussianRouter or PrototypeRouter"
                 )
+            if self.num_tasks == 0:
+                classifier.fit_backbone(next(_batches(dataset, len(dataset), strategy.device))[0])
             classifier.check_input(torch.as_tensor(dataset[0][0])[None].to(strategy.device))
         if self.growth is not None and classifier is not None and self.num_tasks:
             self._decision = self._decide(dataset, classifier, strategy)

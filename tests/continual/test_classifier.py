@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from modmoe.continual import UNKNOWN, PoolClassifier, task_positions
+from modmoe.continual import UNKNOWN, ExpertPoolPlugin, PoolClassifier, task_positions
+from modmoe.continual.features import PatchFeatures
+from modmoe.continual.streams import split_digits, to_benchmark
 from modmoe.experts import MLPExpert
 from modmoe.gating import GaussianRouter, PrototypeRouter, TopKRouter
 from modmoe.routing import Routing
@@ -168,3 +170,22 @@ def test_bad_construction():
         PoolClassifier(MLPExpert(3, 5, 2), PrototypeRouter(3), 0)
     with pytest.raises(ValueError, match="no expert belongs to task"):
         task_positions(make().pool, ["nowhere"])
+
+
+def test_a_backbone_is_fitted_to_the_first_task_only(strategy_of):
+    tasks = split_digits(0)[:2]
+    torch.manual_seed(0)
+    backbone = PatchFeatures(image_size=8, num_filters=6, patch_size=3, pool=2)
+    size = backbone.out_features
+    model = PoolClassifier(MLPExpert(size, 16, 8), GaussianRouter(size, regularization=0.1), 4, backbone=backbone)
+    strategy = strategy_of(model, [ExpertPoolPlugin()], epochs=3, batch_size=32)
+    stream = to_benchmark(tasks).train_stream
+    strategy.train(stream[0])
+    kernel = backbone.kernel.clone()
+    alone = PatchFeatures(image_size=8, num_filters=6, patch_size=3, pool=2)
+    alone.fit(tasks[0].train_x)
+    assert torch.equal(kernel, alone.kernel)
+    strategy.train(stream[1])
+    assert torch.equal(kernel, backbone.kernel)
+    x, y = (torch.cat([getattr(task, name) for task in tasks]) for name in ("test_x", "test_y"))
+    assert (model.eval()(x).argmax(1) == y).double().mean() > 0.9
