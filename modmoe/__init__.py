@@ -3,11 +3,12 @@
 from modmoe import losses
 from modmoe.checkpoint import load_checkpoint, save_checkpoint
 from modmoe.errors import CheckpointError, MissingExtraError, NonFiniteError
-from modmoe.experts import Expert, MLPExpert
+from modmoe.experts import ConvExpert, Expert, MLPExpert
 from modmoe.gating import (
     AutoencoderRouter,
     DenseRouter,
     GaussianRouter,
+    LearnedRouter,
     PPCARouter,
     PrototypeRouter,
     Router,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoencoderRouter",
     "CheckpointError",
+    "ConvExpert",
     "DenseRouter",
     "Expert",
     "ExpertPool",
@@ -33,6 +35,7 @@ __all__ = [
     "GrowableBuffer",
     "GrowableParameter",
     "Init",
+    "LearnedRouter",
     "MLPExpert",
     "MissingExtraError",
     "MoELayer",

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from modmoe.errors import CheckpointError
 
 FORMAT_VERSION = 1
+REFERENCE = "$tensor"  # key of what stands in the manifest for a tensor of ``extra``
 
 
 def save_checkpoint(
@@ -35,13 +36,15 @@ def save_checkpoint(
         path: the file; its folder must exist. An older file there is replaced only once the new one is complete.
         model: its state dict holds tensors only.
         optimizer: its state is kept by parameter name, so the order of parameters does not matter.
-        extra: anything that JSON can hold, for instance how far a stream has come.
+        extra: anything that JSON can hold, for instance how far a stream has come, and tensors at any place in it.
     Raises:
         CheckpointError: if it cannot be written; the older file is intact and no temporary one is left.
-        ValueError: if the optimizer holds a tensor that is not the model's.
+        ValueError: if the optimizer holds a tensor that is not the model's, or ``extra`` has a key "$tensor".
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    manifest: dict[str, Any] = {"format": FORMAT_VERSION, "extra": dict(extra or {}), "rng": {}, "optimizer": None}
+    extra_json, extra_tensors = _split_extra(extra or {})
+    tensors |= extra_tensors
+    manifest: dict[str, Any] = {"format": FORMAT_VERSION, "extra": extra_json, "rng": {}, "optimizer": None}
     if optimizer is not None:
         manifest["optimizer"], state = _optimizer_to_names(optimizer, model)
         tensors |= state
@@ -65,7 +68,7 @@ def load_checkpoint(
         optimizer: None to leave the optimizer's state in the file.
         rng: restore the random states too.
     Returns:
-        ``extra``.
+        ``extra``, its tensors on the CPU.
     Raises:
         CheckpointError: if the file is missing, truncated, altered, of a newer format, or does not fit; the first
             four before anything is changed.
@@ -94,7 +97,7 @@ def load_checkpoint(
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return manifest["extra"]
+    return _join_extra(manifest["extra"], tensors)
 
 
 # -- optimizer -----------------------------------------------------------------------------------------
@@ -136,6 +139,35 @@ def _optimizer_from_names(
         if isinstance(value, Tensor) and value.dim():  # torch keeps 0-d step counters on the CPU
             value = value.to(parameters[name].device)
         optimizer.state[parameters[name]][key] = value
+
+
+# -- extra -----------------------------------------------------------------------------------------------
+
+
+def _split_extra(extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``extra`` with a reference in each tensor's place, and the tensors by name."""
+    tensors: dict[str, Tensor] = {}
+
+    def split(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"extra.{len(tensors)}"
+            tensors[name] = value
+            return {REFERENCE: name}
+        if isinstance(value, Mapping):
+            if REFERENCE in value:
+                raise ValueError(f"extra has a key '{REFERENCE}', which stands for a tensor's place in the file")
+            return {key: split(entry) for key, entry in value.items()}
+        return [split(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    return split(extra), tensors
+
+
+def _join_extra(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if REFERENCE in value:
+            return tensors[value[REFERENCE]]
+        return {key: _join_extra(entry, tensors) for key, entry in value.items()}
+    return [_join_extra(entry, tensors) for entry in value] if isinstance(value, list) else value
 
 
 # -- random states ---------------------------------------------------------------------------------------

@@ -277,7 +277,8 @@ def _summary(config_class: type) -> str:
 def _field_texts(config_class: type) -> dict[str, str]:
     from docstring_parser import parse
 
-    params = parse(config_class.__doc__ or "").params
+    # a field is explained by the class that brings it
+    params = [param for cls in reversed(config_class.__mro__) for param in parse(cls.__doc__ or "").params]
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 

@@ -278,11 +278,18 @@ class MoELayer(nn.Module):
             self.router.check_pool(len(left))
         self.pool.remove(ids)
 
-    def observe(self, expert_id: int, x: Tensor, labels: Tensor | None = None) -> None:
-        """Take data into the statistics that a density gate keeps of one live expert; see FittedRouter.observe."""
+    def observe(self, expert_id: int, x: Tensor, labels: Tensor | None = None, settle: bool = True) -> None:
+        """Take data into the statistics that a gate keeps of one live expert; see FittedRouter.observe."""
+        self._fitted_router().observe(self.pool, self.namespace, expert_id, x, labels, settle)
+
+    def settle(self, expert_id: int) -> None:
+        """Do what ``observe(settle=False)`` put off; see FittedRouter.settle."""
+        self._fitted_router().settle(self.pool, self.namespace, expert_id)
+
+    def _fitted_router(self) -> FittedRouter:
         if not isinstance(self.router, FittedRouter):
             raise ValueError(f"{type(self.router).__name__} is trained by gradient: it observes no data")
-        self.router.observe(self.pool, self.namespace, expert_id, x, labels)
+        return self.router
 
     def extra_repr(self) -> str:
         return f"backend={self.backend}, namespace={self.namespace}"

@@ -85,6 +85,22 @@ def test_optimizer_state_is_kept_by_name_whatever_the_order(saved):
         assert torch.equal(optimizer.state[old]["exp_avg"], backwards.state[new]["exp_avg"]), name
 
 
+def test_extra_holds_tensors_at_any_place(tmp_path):
+    layer, _ = make()
+    sums = torch.randn(3, 2, dtype=torch.float64)
+    extra = {"sums": sums, "nested": {"parts": [torch.tensor(True), {"n": torch.arange(3)}], "name": "x"}, "none": None}
+    save_checkpoint(tmp_path / "run", layer, extra=extra)
+    got = load_checkpoint(tmp_path / "run", layer)
+    assert got["sums"].dtype == torch.float64
+    assert torch.equal(got["sums"], sums)
+    flag, counts = got["nested"].pop("parts")
+    assert flag.item() is True
+    assert counts["n"].tolist() == [0, 1, 2]
+    assert (got["nested"], got["none"]) == ({"name": "x"}, None)
+    with pytest.raises(ValueError, match=r"extra has a key '\$tensor'"):
+        save_checkpoint(tmp_path / "run", layer, extra={"a": [{"$tensor": 1}]})
+
+
 def altered(path, change):
     data = bytearray(path.read_bytes())
     path.write_bytes(change(data))

@@ -96,6 +96,8 @@ class PoolClassifier(nn.Module):
         Returns:
             (B, num_classes); ``UNKNOWN`` for classes that none of the sample's experts knows.
         """
+        if not self.classes_of():  # nothing has been learned; the backbone may not be fitted either
+            return self.pool.growable(HEAD, "weight").like.new_full((len(x), self.num_classes), UNKNOWN)
         features = self.features(x)
         if self.training:
             position = self.pool.ids.index(self.training_id)
@@ -201,9 +203,13 @@ class PoolClassifier(nn.Module):
         self.backbone.train(was_training)
         return features
 
-    def observe(self, expert_id: int, x: Tensor, labels: Tensor) -> None:
-        """Fit the gate's statistics of one expert to its data; x as in :meth:`forward`."""
-        self.layer.observe(expert_id, self.extract(x), labels)
+    def observe(self, expert_id: int, x: Tensor, labels: Tensor, settle: bool = True) -> None:
+        """Fit the gate's statistics of one expert to its data; x as in :meth:`forward`, see FittedRouter.observe."""
+        self.layer.observe(expert_id, self.extract(x), labels, settle)
+
+    def settle_gate(self, expert_id: int) -> None:
+        """Do what ``observe(settle=False)`` put off; see FittedRouter.settle."""
+        self.layer.settle(expert_id)
 
     def freeze_backbone(self) -> None:
         """Freeze the shared backbone: weights, and normalisation statistics whatever mode the model is put into."""
@@ -220,7 +226,8 @@ class PoolClassifier(nn.Module):
 
 def _after_load(module: nn.Module, _incompatible: object) -> None:
     assert isinstance(module, PoolClassifier)
-    module.training_id = module.pool.ids[-1]
+    live = [expert_id for expert_id in module.pool.ids if expert_id not in module.pool.frozen_ids]
+    module.training_id = (live or module.pool.ids)[-1]
     if module.backbone_frozen:
         module.freeze_backbone()
 

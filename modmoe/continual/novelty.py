@@ -2,7 +2,7 @@
 
 from collections import deque
 from statistics import fmean, stdev
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,21 +13,26 @@ Decision = Literal["train", "hold", "grow"]
 
 
 class GrowthRule(Protocol):
-    """Decides, before a part of a stream is trained on, what to do with it.
-
-    Attributes:
-        stateless: True if nothing has to be remembered to go on with a stream that was stopped.
-    """
-
-    stateless: bool
+    """Decides, before a part of a stream is trained on, what to do with it."""
 
     def decide(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> Decision:
         """What to do with the part's data (x, y).
+
+        It is called for every part in turn, once each; the first task begins whatever the answer. A rule that reads
+        the gate calls ``classifier.settle_gate(classifier.training_id)`` first.
 
         Returns:
             "train": the current expert learns it, with what was held before; "hold": keep it in a buffer, nobody
             learns it yet; "grow": a new expert learns it, with what was held before.
         """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What it has to remember to go on with a stream, while nothing is held: JSON values and tensors."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave, in a rule with the same arguments; ValueError if they differ."""
         ...
 
 
@@ -37,8 +42,6 @@ class NewClasses:
     Args:
         min_classes: an expert takes in new classes until it has so many.
     """
-
-    stateless = True
 
     def __init__(self, min_classes: int = 1):
         if min_classes < 1:
@@ -50,6 +53,13 @@ class NewClasses:
         mine = known.get(classifier.training_id, [])
         everyone = {label for labels in known.values() for label in labels}
         return "grow" if len(mine) >= self.min_classes and not set(y.tolist()) <= everyone else "train"
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the model itself holds the classes."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to take over."""
 
 
 class Novelty:
@@ -70,7 +80,6 @@ class Novelty:
         seed: of the projections.
     """
 
-    stateless = False
     MIN_HISTORY = 20
     RIDGE = 1e-3  # added to the projections' variances
 
@@ -120,6 +129,23 @@ class Novelty:
         self._absorb(torch.cat([*self._held, z]))
         self._held = []
         return "train"
+
+    def state(self) -> dict[str, Any]:
+        """The current task's Gaussian and what its parts showed; the projections follow from the seed."""
+        return {"count": self._count, "mean": self._mean, "scatter": self._scatter, "seen": list(self._seen)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            ValueError: if it is of another number of projections.
+        """
+        if len(state["mean"]) != self.num_projections:
+            raise ValueError(f"the state is of {len(state['mean'])} projections, this rule has {self.num_projections}")
+        self._start_task()
+        self._count = state["count"]
+        self._mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
+        self._seen.extend(state["seen"])
 
     def _is_breach(self, distance: float) -> bool:
         enough = len(self._seen) >= self.MIN_HISTORY

@@ -20,10 +20,15 @@ def save_stream(path: str | Path, strategy: Any) -> None:
         path: the file, see :func:`modmoe.checkpoint.save_checkpoint`.
         strategy: between two calls of ``strategy.train``.
     Raises:
-        ValueError: if the strategy has plugins whose state this cannot save (a replay buffer, EWC's importances).
+        ValueError: if the strategy has plugins whose state this cannot save (a replay buffer, EWC's importances), or
+            holds parts of the stream back: then train on more of it first.
         CheckpointError: if the file cannot be written.
     """
     plugin = _pool_plugin(strategy)
+    if plugin.num_held:
+        raise ValueError(
+            f"{plugin.num_held} parts of the stream are held back and would be lost: train on more of it before saving"
+        )
     clock = {name: getattr(strategy.clock, name) for name in CLOCK}
     extra = {"clock": clock, "plugin": plugin.state()}
     save_checkpoint(path, strategy.model, strategy.optimizer, extra)
@@ -38,7 +43,7 @@ def resume_stream(path: str | Path, strategy: Any) -> int:
     Returns:
         The number of experiences that it has been trained on: go on with ``train_stream[n:]``.
     Raises:
-        ValueError: as in save_stream.
+        ValueError: if the strategy has plugins as in save_stream, or a growth rule with other arguments.
         CheckpointError: if the file is damaged or does not fit.
     """
     plugin = _pool_plugin(strategy)
@@ -60,6 +65,4 @@ def _pool_plugin(strategy: Any) -> ExpertPoolPlugin:
     found = [plugin for plugin in strategy.plugins if isinstance(plugin, ExpertPoolPlugin)]
     if len(found) != 1:
         raise ValueError(f"the strategy needs one ExpertPoolPlugin, it has {len(found)}")
-    if found[0].growth is not None and not found[0].growth.stateless:
-        raise ValueError(f"the state of the rule {type(found[0].growth).__name__} cannot be saved")
     return found[0]

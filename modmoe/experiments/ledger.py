@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modmoe.analysis import Matrix, MethodRecord, assignment_accuracy, joint_distribution, mutual_information
+from modmoe.analysis import Matrix, MethodRecord, joint_distribution, mutual_information
 from modmoe.continual.streams import TaskData
 
 
@@ -55,15 +55,15 @@ class Ledger:
             series=series,
         )
 
-    def routing_metrics(self, chosen: Tensor, owner: Tensor) -> dict[str, float]:
+    def routing_metrics(self, chosen: Tensor, right: Tensor) -> dict[str, float]:
         """How well experts tell tasks apart.
 
         Args:
             chosen: (n,) the expert position of each test sample.
-            owner: (E,) the task of each expert.
+            right: (n, E) bool, the experts that learned the sample's task (or its class).
         """
-        joint = joint_distribution(self.task, chosen, self.num_tasks, len(owner))
+        joint = joint_distribution(self.task, chosen, self.num_tasks, right.shape[1])
         return {
-            "routing_accuracy": assignment_accuracy(self.task, chosen, owner),
+            "routing_accuracy": float(right.gather(1, chosen.unsqueeze(1)).double().mean()),
             "mutual_information": mutual_information(joint, normalize=True),
         }

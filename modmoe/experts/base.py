@@ -1,8 +1,10 @@
 """What an expert kind has to say: its rows, and how it computes."""
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable
+from typing import ClassVar, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.growable import RowSpec
@@ -21,6 +23,20 @@ class ExpertOps(Protocol):
         """
         ...
 
+    def conv2d(self, x: Tensor, weight: str, bias: str, stride: int, padding: int) -> Tensor:
+        """Cross-correlation of each assignment's image with its own expert's kernels, as ``F.conv2d``.
+
+        Args:
+            x: the backend's layout of assignments: (..., C_in, height, width).
+            weight: name of rows (C_out, C_in, kernel height, kernel width).
+            bias: name of rows (C_out,).
+            stride: in both directions.
+            padding: zeros on each side.
+        Returns:
+            (..., C_out, height', width').
+        """
+        ...
+
 
 class Expert(ABC):
     """An expert kind: a description without tensors, shared by all experts of a pool.
@@ -28,8 +44,11 @@ class Expert(ABC):
     Attributes:
         in_features: size of the input.
         out_features: size of the output.
+        one_by_one_on_cpu: True if the CPU computes one expert after the other faster than many at once, as it does
+            convolutions (measured); ``backend="auto"`` asks.
     """
 
+    one_by_one_on_cpu: ClassVar[bool] = False
     in_features: int
     out_features: int
 
@@ -44,3 +63,17 @@ class Expert(ABC):
     @abstractmethod
     def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
         """The experts' function in the operations of a backend: (..., in_features) -> (..., out_features)."""
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": F.tanh,
+}
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError unless it is one of ``ACTIVATIONS``."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation '{name}', choose one of {sorted(ACTIVATIONS)}")

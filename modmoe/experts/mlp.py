@@ -1,19 +1,9 @@
 """The two-layer MLP expert."""
 
-from collections.abc import Callable
-
-import torch.nn.functional as F
 from torch import Tensor
 
-from modmoe.experts.base import Expert, ExpertOps
+from modmoe.experts.base import ACTIVATIONS, Expert, ExpertOps, check_activation
 from modmoe.growable import Init, RowSpec
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": F.tanh,
-}
 
 
 class MLPExpert(Expert):
@@ -40,8 +30,7 @@ class MLPExpert(Expert):
         self.out_features = in_features if out_features is None else out_features
         if min(self.in_features, self.hidden_features, self.out_features) < 1:
             raise ValueError(f"every size of an expert must be at least 1: {self}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation '{activation}', choose one of {sorted(ACTIVATIONS)}")
+        check_activation(activation)
         self.activation = activation
 
     def __repr__(self) -> str:

@@ -2,8 +2,10 @@
 
 from modmoe.gating.autoencoder import AutoencoderRouter
 from modmoe.gating.base import Router
+from modmoe.gating.classwise import ClasswiseRouter, DensityRouter
 from modmoe.gating.density import GaussianRouter, PrototypeRouter
-from modmoe.gating.fitted import ClasswiseRouter, FittedRouter
+from modmoe.gating.fitted import FittedRouter
+from modmoe.gating.learned import LearnedRouter
 from modmoe.gating.ppca import PPCARouter
 from modmoe.gating.stick import StickRouter
 from modmoe.gating.token_choice import DenseRouter, TopKRouter
@@ -12,8 +14,10 @@ __all__ = [
     "AutoencoderRouter",
     "ClasswiseRouter",
     "DenseRouter",
+    "DensityRouter",
     "FittedRouter",
     "GaussianRouter",
+    "LearnedRouter",
     "PPCARouter",
     "PrototypeRouter",
     "Router",

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modmoe.gating.fitted import ClasswiseRouter, class_generator
+from modmoe.gating.classwise import ClasswiseRouter
+from modmoe.gating.fitted import class_generator
 from modmoe.gating.ppca import leading_subspace
 from modmoe.growable import RowSpec
 from modmoe.pool import Rows
@@ -17,8 +18,10 @@ BATCH_SIZE = 128
 class AutoencoderRouter(ClasswiseRouter):
     """s_c(x) = -|x - r_c(x)|^2 / (2 width^2), with r_c(x) = A relu(B x + b) + a trained on class c alone.
 
-    Training happens inside :meth:`observe` (Adam on the mean squared error, from the class's H // 2 principal
-    directions); the weights are rows of statistics that no later gradient touches.
+    Training happens inside :meth:`observe` (Adam on the mean squared error |x - r_c(x + noise)|^2, from the class's
+    H // 2 principal directions); the weights are rows of statistics that no later gradient touches. Without noise a
+    wide r_c comes close to the identity and rebuilds other classes, too; with it directions in which the class hardly
+    varies are pressed towards the class.
 
     Args:
         in_features: D.
@@ -26,13 +29,15 @@ class AutoencoderRouter(ClasswiseRouter):
         epochs: passes over the class's samples.
         learning_rate: of Adam.
         per_class: one autoencoder for each class; False for one for each expert.
+        noise: standard deviation of the normal noise on the inputs in training, in units of the features; 0 for none.
         width: in units of the features; 1 makes s_c a log-likelihood with unit variance, but for a constant.
         seed: of weights and batches; no global random state is used.
         top_k: see FittedRouter.
     Raises:
-        ValueError: if hidden_features or epochs is below 1, or learning_rate or width not positive.
+        ValueError: if hidden_features or epochs is below 1, learning_rate or width not positive, or noise negative.
     Source:
-        Aljundi et al. 2017, Expert Gate (there one for each task, on the features of a frozen network).
+        Aljundi et al. 2017, Expert Gate (there one for each task, on the features of a frozen network, without noise;
+        see `modmoe.continual.baselines.expert_gate`); Vincent et al. 2008 for the noise.
     """
 
     streaming = False
@@ -44,6 +49,7 @@ class AutoencoderRouter(ClasswiseRouter):
         epochs: int = 10,
         learning_rate: float = 2e-3,
         per_class: bool = True,
+        noise: float = 0.5,
         width: float = 1.0,
         seed: int = 0,
         top_k: int = 1,
@@ -53,9 +59,12 @@ class AutoencoderRouter(ClasswiseRouter):
             raise ValueError(f"hidden_features and epochs must be at least 1, got {hidden_features} and {epochs}")
         if learning_rate <= 0 or width <= 0:
             raise ValueError(f"learning_rate and width must be positive, got {learning_rate} and {width}")
+        if noise < 0:
+            raise ValueError(f"noise must be at least 0, got {noise}")
         self.hidden_features = hidden_features
         self.epochs = epochs
         self.learning_rate = learning_rate
+        self.noise = noise
         self.width = width
         self.seed = seed
 
@@ -93,8 +102,10 @@ class AutoencoderRouter(ClasswiseRouter):
         with torch.enable_grad():
             for _ in range(self.epochs):
                 for batch in torch.randperm(len(x), generator=generator).to(x.device).split(BATCH_SIZE):
+                    target = x[batch]
+                    noise = self.noise * torch.randn(target.shape, generator=generator).to(x)
                     optimizer.zero_grad()
-                    F.mse_loss(reconstruct(x[batch], *network.values()), x[batch]).backward()
+                    F.mse_loss(reconstruct(target + noise, *network.values()), target).backward()
                     optimizer.step()
         return {"count": x.new_tensor(len(x)), **{name: tensor.detach() for name, tensor in network.items()}}
 

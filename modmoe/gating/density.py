@@ -5,16 +5,17 @@ only, so a pool keeps its behaviour while it grows.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from modmoe.gating.fitted import ClasswiseRouter
+from modmoe.gating.classwise import ClasswiseRouter, DensityRouter
 from modmoe.growable import RowSpec
 from modmoe.pool import Rows
 
 
-class GaussianRouter(ClasswiseRouter):
+class GaussianRouter(DensityRouter):
     """A Gaussian with full covariance for each class (or each expert): s_c(x) = log N(x; m_c, S_c + r I).
 
     Moments are exact under any batching (Chan et al. 1979). Scores are raw likelihoods, never calibrated: z-scoring
@@ -26,6 +27,8 @@ class GaussianRouter(ClasswiseRouter):
         top_k: see ClasswiseRouter.
         regularization: r, added to the variances; in squared units of the features, fixed before the stream.
     """
+
+    mergeable = True
 
     def __init__(self, in_features: int, per_class: bool = True, top_k: int = 1, regularization: float = 0.01):
         super().__init__(in_features, per_class, top_k)
@@ -51,19 +54,27 @@ class GaussianRouter(ClasswiseRouter):
 
     def fit_class(self, old: dict[str, Tensor] | None, x: Tensor, label: int) -> dict[str, Tensor]:
         x = x.double()
-        n, mean = len(x), x.mean(0)
-        scatter = (x - mean).T @ (x - mean)
-        total = torch.tensor(float(n), dtype=torch.float64, device=x.device)
-        if old is not None:
-            seen, shift = old["count"].double(), mean - old["mean"].double()
-            total = seen + n
-            scatter = scatter + old["scatter"].double() + torch.outer(shift, shift) * (seen * n / total)
-            mean = old["mean"].double() + shift * (n / total)
-        eye = torch.eye(self.in_features, dtype=torch.float64, device=x.device)
-        lower = torch.linalg.cholesky(scatter / total + self.regularization * eye)
+        mean, count = x.mean(0), torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        moments = {"count": count, "mean": mean, "scatter": (x - mean).T @ (x - mean)}
+        return self._scored(moments if old is None else pooled_moments(old, moments))
+
+    def merged_class(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._scored(pooled_moments(first, second))
+
+    def _scored(self, moments: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The moments (float64), with what scoring reads."""
+        scatter = moments["scatter"]
+        eye = torch.eye(self.in_features, dtype=torch.float64, device=scatter.device)
+        lower = torch.linalg.cholesky(scatter / moments["count"] + self.regularization * eye)
         whiten = torch.linalg.solve_triangular(lower, eye, upper=False).T
         log_norm = -lower.diagonal().log().sum() - 0.5 * self.in_features * math.log(2 * math.pi)
-        return {"count": total, "mean": mean, "scatter": scatter, "whiten": whiten, "log_norm": log_norm}
+        return {**moments, "whiten": whiten, "log_norm": log_norm}
+
+    def sample(self, row: Mapping[str, Tensor], n: int, generator: torch.Generator) -> Tensor:
+        mean, whiten = row["mean"], row["whiten"]
+        noise = torch.randn(n, self.in_features, generator=generator).to(mean)
+        # W = L^-T for the covariance L L^T, so that z W^-1 = z L^T has it
+        return mean + torch.linalg.solve_triangular(whiten, noise, upper=True, left=False)
 
 
 class PrototypeRouter(ClasswiseRouter):
@@ -75,6 +86,8 @@ class PrototypeRouter(ClasswiseRouter):
         top_k: see ClasswiseRouter.
         width: in units of the features; it only matters for weights among several chosen experts.
     """
+
+    mergeable = True
 
     def __init__(self, in_features: int, per_class: bool = True, top_k: int = 1, width: float = 1.0):
         super().__init__(in_features, per_class, top_k)
@@ -93,3 +106,15 @@ class PrototypeRouter(ClasswiseRouter):
         before = x.new_zeros(self.in_features, dtype=torch.float64) if old is None else old["mean"].double()
         total = seen + len(x)
         return {"count": total, "mean": before + (x.double() - before).sum(0) / total}
+
+    def merged_class(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+        before, total = first["mean"].double(), first["count"].double() + second["count"].double()
+        return {"count": total, "mean": before + (second["mean"].double() - before) * (second["count"] / total)}
+
+
+def pooled_moments(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Count (), mean (D,) and scatter (D, D) of two sets of samples together, in float64 (Chan et al. 1979)."""
+    seen, n = first["count"].double(), second["count"].double()
+    total, shift = seen + n, second["mean"].double() - first["mean"].double()
+    scatter = second["scatter"].double() + first["scatter"].double() + torch.outer(shift, shift) * (seen * n / total)
+    return {"count": total, "mean": first["mean"].double() + shift * (n / total), "scatter": scatter}

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from modmoe.gating.base import Router, at_least_float32
-from modmoe.growable import GrowableBuffer, RowSpec
+from modmoe.growable import GrowableBuffer
 from modmoe.pool import ExpertPool, Rows
-
-SINGLE_CLASS = -1  # the label of an expert's only row where classes are not told apart
 
 
 class FittedRouter(Router):
@@ -24,11 +22,13 @@ class FittedRouter(Router):
     Attributes:
         streaming: True where an expert's data may be observed in parts, and the parts do not matter (up to rounding);
             False where one call has to bring all of it.
+        mergeable: True where the rows of two experts that observed the same classes can be combined exactly.
     Raises:
         ValueError: on in_features < 1 or top_k < 1.
     """
 
     streaming: bool = True
+    mergeable: bool = False
 
     def __init__(self, in_features: int, top_k: int = 1):
         super().__init__()
@@ -81,6 +81,10 @@ class FittedRouter(Router):
             ValueError: on data that this gate cannot take.
         """
 
+    def rows_among(self, others: Rows, old: dict[str, Tensor], x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """As :meth:`updated_rows`, for a gate that also reads what the other experts' rows hold."""
+        return self.updated_rows(old, x, labels)
+
     def observed_labels(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """The label of each row of x, as the gate tells them apart.
 
@@ -93,7 +97,13 @@ class FittedRouter(Router):
 
     @torch.no_grad()
     def observe(
-        self, pool: ExpertPool, namespace: str, expert_id: int, x: Tensor, labels: Tensor | None = None
+        self,
+        pool: ExpertPool,
+        namespace: str,
+        expert_id: int,
+        x: Tensor,
+        labels: Tensor | None = None,
+        settle: bool = True,
     ) -> None:
         """Take data into a live expert's rows; see ``streaming``.
 
@@ -103,6 +113,8 @@ class FittedRouter(Router):
             expert_id: a live expert.
             x: (n, D); nothing happens where n = 0.
             labels: (n,) integers.
+            settle: False puts off what :meth:`settle` does, for gates that solve a large system then. Until it is
+                called the expert's scores may miss what was observed.
         Raises:
             ValueError: on a frozen expert, missing labels, a wrong shape, a non-finite input, or a second call where
                 the gate is not ``streaming``; nothing is changed then.
@@ -123,11 +135,38 @@ class FittedRouter(Router):
                 f"expert {expert_id} has been fitted: {type(self).__name__} needs all of its data in one call"
             )
         old = {name: growable.stack([expert_id]).clone() for name, growable in growables.items()}
-        new = self.updated_rows(old, at_least_float32(x), labels)
+        others = pool.namespace(namespace, [other for other in pool.ids if other != expert_id])
+        new = self.rows_among(others, old, at_least_float32(x), labels)
         for name, growable in growables.items():
             assert isinstance(growable, GrowableBuffer)
             growable.add([expert_id] * (len(new[name]) - counts[name]), new[name][counts[name] :])
             growable.write(expert_id, new[name])
+        if settle:
+            self.settle(pool, namespace, expert_id)
+
+    def settle(self, pool: ExpertPool, namespace: str, expert_id: int) -> None:
+        """Bring an expert's rows up to date with all that was observed; nothing where they are.
+
+        Gates whose rows are up to date after every observation have nothing to do here.
+
+        Raises:
+            ValueError: if the expert was frozen before it was settled.
+        """
+
+    def merged_rows(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows of one expert that has observed what two have: those that it would have, but for rounding.
+
+        Args:
+            first: one expert's rows, (R, ...) by name.
+            second: the other's.
+        Returns:
+            The first's rows in their order, combined with the second's of the same classes, then the second's others.
+        Raises:
+            ValueError: where the rows do not hold what that takes.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot merge experts: an expert's rows depend on what other experts observed"
+        )
 
     def scored_experts(self, rows: Rows) -> Tensor | None:
         owner = rows.owner("label")
@@ -140,75 +179,6 @@ class FittedRouter(Router):
         k = min(self.top_k if top_k is None else top_k, logits.shape[1])
         values, choices = logits.topk(k, dim=1)
         return choices, values.softmax(1), logits.softmax(1)
-
-
-class ClasswiseRouter(FittedRouter):
-    """One row for each class that an expert has observed, fitted to that class's samples alone.
-
-    score(expert e) = log sum_c (n_c / n_e) exp(s_c(x)) over the classes c of e, where s_c is the class's own score
-    (a raw log-likelihood, or minus a squared distance).
-
-    Args:
-        in_features: D.
-        per_class: one row for each class; False for one row for each expert.
-        top_k: see FittedRouter.
-    """
-
-    def __init__(self, in_features: int, per_class: bool = True, top_k: int = 1):
-        super().__init__(in_features, top_k)
-        self.per_class = per_class
-
-    def row_specs(self) -> dict[str, RowSpec]:
-        return {
-            "label": RowSpec((), trainable=False, count=0, dtype=torch.int64),
-            "count": RowSpec((), trainable=False, count=0),
-        }
-
-    @abstractmethod
-    def class_score(self, x: Tensor, rows: Rows) -> Tensor:
-        """(T, R) raw score of each row's class."""
-
-    @abstractmethod
-    def fit_class(self, old: dict[str, Tensor] | None, x: Tensor, label: int) -> dict[str, Tensor]:
-        """One class's row (without a leading axis; no "label") after the inputs x (n, D).
-
-        ``old`` is what it was, None for a class that is new, as it always is where the gate is not ``streaming``.
-        """
-
-    def class_log_joint(self, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """log n_c + s_c(x) of shape (T, R), and the labels (R,); see FittedRouter."""
-        x = at_least_float32(x)
-        return self.class_score(x, rows) + at_least_float32(rows["count"]).log(), rows["label"]
-
-    def score(self, x: Tensor, rows: Rows) -> Tensor:
-        x = at_least_float32(x)
-        owner = rows.owner("label")
-        count = at_least_float32(rows["count"])
-        total = count.new_zeros(len(rows.ids)).index_add(0, owner, count)
-        return sum_by_owner(self.class_score(x, rows) + (count / total[owner]).log(), owner, len(rows.ids), x)
-
-    def observed_labels(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        if not self.per_class:
-            return torch.full(x.shape[:1], SINGLE_CLASS, device=x.device)
-        return super().observed_labels(x, labels)
-
-    def updated_rows(self, old: dict[str, Tensor], x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        known: list[int] = old["label"].tolist()
-        rows: list[dict[str, Tensor]] = [
-            {name: tensor[index] for name, tensor in old.items()} for index in range(len(known))
-        ]
-        for label in labels.unique().tolist():
-            before = rows[known.index(label)] if label in known else None
-            values = self.fit_class(before, x[labels == label], label)
-            row = {"label": torch.tensor(label), **values}
-            if before is None:
-                rows.append(row)
-            else:
-                rows[known.index(label)] = row
-        return {
-            name: torch.stack([row[name].to(dtype=like.dtype, device=like.device) for row in rows])
-            for name, like in old.items()
-        }
 
 
 def sum_by_owner(joint: Tensor, owner: Tensor, num_experts: int, x: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """A mixture of probabilistic principal component analysers for each class."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from modmoe.gating.fitted import ClasswiseRouter, class_generator
+from modmoe.gating.classwise import DensityRouter
+from modmoe.gating.fitted import class_generator
 from modmoe.growable import RowSpec
 from modmoe.pool import Rows
 
@@ -14,7 +16,7 @@ POWER_STEPS = 6
 KMEANS_STEPS = 8
 
 
-class PPCARouter(ClasswiseRouter):
+class PPCARouter(DensityRouter):
     """s_c(x) = log sum_k pi_k N(x; m_k, W_k W_k^T + v_k I), for each class c on its own.
 
     Every W_k is (D, rank); kept are its directions U (orthonormal columns) and the variances l along them, so that
@@ -107,6 +109,21 @@ class PPCARouter(ClasswiseRouter):
                 for name, value in values.items():
                     mixture[name][k] = value
         return {"count": x.new_tensor(len(x)), **mixture}
+
+    def sample(self, row: Mapping[str, Tensor], n: int, generator: torch.Generator) -> Tensor:
+        mean = row["mean"]
+        weight = row["log_weight"].exp().cpu()
+        component = torch.multinomial(weight, n, replacement=True, generator=generator) if n else weight.new_zeros(0)
+        along = torch.randn(n, self.rank, generator=generator).to(mean)
+        noise = torch.randn(n, self.in_features, generator=generator).to(mean)
+        x = mean.new_empty(n, self.in_features)
+        for k in component.unique().tolist():
+            mine = (component == k).to(mean.device)
+            directions, spread = row["directions"][k], row["variances"][k].sqrt()
+            # the noise is that of the other directions only: along the kept ones the variances are all there is
+            rest = noise[mine] - (noise[mine] @ directions) @ directions.T
+            x[mine] = mean[k] + (along[mine] * spread) @ directions.T + row["noise"][k].sqrt() * rest
+        return x
 
     def _unused(self, name: str, like: Tensor) -> Tensor:
         shape = [int(size) for size in self.row_specs()[name].shape]

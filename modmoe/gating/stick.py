@@ -1,17 +1,14 @@
 """Frozen heads, newest first: a gate that breaks a stick between the newest expert's classes and all older ones."""
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.gating.base import at_least_float32
-from modmoe.gating.fitted import ClasswiseRouter, FittedRouter, sum_by_owner
-from modmoe.growable import RowSpec
-from modmoe.pool import Rows
-
-DENSITY = "density_"
+from modmoe.gating.classwise import DENSITY, ClasswiseRouter, PartOfRows
+from modmoe.gating.fitted import FittedRouter, sum_by_owner
+from modmoe.growable import GrowableBuffer, RowSpec
+from modmoe.pool import ExpertPool, Rows
 
 
 class StickRouter(FittedRouter):
@@ -33,8 +30,9 @@ class StickRouter(FittedRouter):
     to be solved; no frozen score reads them. They hold no sample, but nothing about them belongs to one expert:
     ``pool.remove`` leaves a removed expert's classes in them, and ``freeze_shared`` ends observing.
 
-    Only the newest expert may observe, and no class that another has observed. Every call of :meth:`observe` solves
-    one system of size D + 1; where D is in the thousands, bring the data in few calls.
+    Only the newest expert may observe, and no class that another has observed. Every :meth:`settle` solves one system
+    of size D + 1; where D is in the thousands and data come in many small parts, observe with ``settle=False`` and
+    settle once, before the expert is frozen.
 
     Args:
         in_features: D, with the density's slice.
@@ -58,6 +56,7 @@ class StickRouter(FittedRouter):
     moments: Tensor
     class_counts: Tensor
     shared_frozen: Tensor
+    unsettled: Tensor
 
     def __init__(
         self,
@@ -81,6 +80,8 @@ class StickRouter(FittedRouter):
         start, stop = density_slice or (0, in_features)
         if density is None and density_slice is not None:
             raise ValueError("density_slice without a density")
+        if density is not None and not density.per_class:
+            raise ValueError("a density of whole experts has no score of a class: per_class=True is needed")
         if not 0 <= start < stop <= in_features or (density is not None and density.in_features != stop - start):
             raise ValueError(
                 f"a density over the columns {start} to {stop} of {in_features} features has to take {stop - start}"
@@ -100,6 +101,7 @@ class StickRouter(FittedRouter):
         self.register_buffer("moments", torch.zeros(num_head + 1, num_classes))
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("shared_frozen", torch.tensor(False))
+        self.register_buffer("unsettled", torch.tensor(-1))  # the expert whose head has not been solved anew yet
 
     def row_specs(self) -> dict[str, RowSpec]:
         density = {} if self.density is None else self.density.row_specs()
@@ -168,11 +170,8 @@ class StickRouter(FittedRouter):
     def updated_rows(self, old: dict[str, Tensor], x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         classes, sizes = labels.unique(return_counts=True)
         self._check_observation(old, classes)
-        counts = self.class_counts.index_add(0, classes, sizes)
         inputs = self._head_input(x).to(self.gram.dtype)
         targets = F.one_hot(labels, self.num_classes).to(inputs.dtype)
-        gram = self.gram + inputs.T @ inputs
-        moments = self.moments + inputs.T @ targets
         new = {name: tensor for name, tensor in old.items() if name.startswith(DENSITY)}
         if self.density is not None:
             stripped = {name.removeprefix(DENSITY): tensor for name, tensor in new.items()}
@@ -184,10 +183,67 @@ class StickRouter(FittedRouter):
         fresh = classes[~torch.isin(classes, known)]
         seen = torch.cat([known, fresh])
         own = torch.cat([old["own"] if len(old["own"]) else torch.zeros_like(first, dtype=torch.bool), fresh >= 0])
-        diagonal = self.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = torch.cholesky_solve(moments[:, seen], torch.linalg.cholesky(gram + diagonal)).T
-        self.gram, self.moments, self.class_counts = gram, moments, counts
+        weight = F.pad(old["weight"], (0, 0, 0, len(seen) - len(old["weight"])))  # solved in settle
+        # in place: the Gram matrix may be the largest tensor around
+        self.gram.addmm_(inputs.T, inputs)
+        self.moments.addmm_(inputs.T, targets)
+        self.class_counts.index_add_(0, classes, sizes)
         return {"label": seen, "own": own, "weight": weight, **new}
+
+    def observe(
+        self,
+        pool: ExpertPool,
+        namespace: str,
+        expert_id: int,
+        x: Tensor,
+        labels: Tensor | None = None,
+        settle: bool = True,
+    ) -> None:
+        """As FittedRouter.observe.
+
+        Raises:
+            ValueError: besides, where another expert's observations wait for :meth:`settle`.
+        """
+        waiting = int(self.unsettled)
+        if waiting in pool.ids and waiting != expert_id:
+            raise ValueError(f"expert {waiting} has not been settled: its head would miss what it observed last")
+        before = int(self.class_counts.sum())
+        super().observe(pool, namespace, expert_id, x, labels, settle=False)
+        if int(self.class_counts.sum()) > before:
+            self.unsettled.fill_(expert_id)
+        if settle:
+            self.settle(pool, namespace, expert_id)
+
+    @torch.no_grad()
+    def settle(self, pool: ExpertPool, namespace: str, expert_id: int) -> None:
+        if int(self.unsettled) != expert_id:
+            return
+        if pool.record(expert_id).frozen:
+            raise ValueError(f"expert {expert_id} was frozen before it was settled: unfreeze it, settle, and freeze")
+        seen = pool.growable(namespace, "label").stack([expert_id])
+        growable = pool.growable(namespace, "weight")
+        assert isinstance(growable, GrowableBuffer)
+        growable.write(expert_id, self._solve(seen))
+        self.unsettled.fill_(-1)
+
+    def _solve(self, classes: Tensor) -> Tensor:
+        """(len(classes), D' + 1): the ridge regression to the one-hot classes from all that was observed."""
+        diagonal = self.ridge * torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        return torch.cholesky_solve(self.moments[:, classes], torch.linalg.cholesky(self.gram + diagonal)).T
+
+    @torch.no_grad()
+    def ridge_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The baseline without stick: one ridge regression over all classes, from the shared moments as they are now.
+
+        It is what streaming in any order, sample by sample, would give; no row is read or written.
+
+        Args:
+            x: (T, D).
+        Returns:
+            scores (T, R), of which the highest wins, and the class of each, (R,) int64.
+        """
+        classes = (self.class_counts > 0).nonzero().squeeze(1)
+        return F.linear(self._head_input(at_least_float32(x)), self._solve(classes)), classes
 
     def _check_observation(self, old: dict[str, Tensor], classes: Tensor) -> None:
         if self.shared_frozen:
@@ -203,24 +259,3 @@ class StickRouter(FittedRouter):
             raise ValueError(
                 f"the classes {others.tolist()} belong to other experts: this gate tells experts by classes"
             )
-
-
-class PartOfRows(Rows):
-    """The rows of a namespace whose names start with a prefix, under the names without it."""
-
-    def __init__(self, rows: Rows, prefix: str):
-        self.ids = rows.ids
-        self._rows = rows
-        self._prefix = prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._rows[self._prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._rows if name.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def owner(self, name: str) -> Tensor:
-        return self._rows.owner(self._prefix + name)

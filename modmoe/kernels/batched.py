@@ -1,6 +1,7 @@
 """The dense and bmm backends: batched matrix products over a leading expert axis."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.experts.base import Expert
@@ -17,6 +18,16 @@ class BatchedOps:
             return torch.matmul(x, self.tensors[weight])
         batched = x.expand(self.tensors[weight].shape[0], *x.shape[-2:])
         return torch.baddbmm(self.tensors[bias].unsqueeze(1), batched, self.tensors[weight])
+
+    def conv2d(self, x: Tensor, weight: str, bias: str, stride: int, padding: int) -> Tensor:
+        kernels, biases = self.tensors[weight], self.tensors[bias]
+        num_experts = len(kernels)
+        if x.dim() == 4:  # every expert reads the same images: more output channels
+            images, groups = x, 1
+        else:  # (G, C, channels, ...): the experts side by side as groups of channels
+            images, groups = x.transpose(0, 1).flatten(1, 2), num_experts
+        y = F.conv2d(images, kernels.flatten(0, 1), biases.flatten(), stride, padding, groups=groups)
+        return y.unflatten(1, (num_experts, -1)).transpose(0, 1)
 
 
 def run_dense(expert: Expert, tensors: dict[str, Tensor], x: Tensor, token: Tensor, local: Tensor) -> Tensor:

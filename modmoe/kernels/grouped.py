@@ -21,6 +21,16 @@ class GroupedOps:
         y = grouped_matmul(x, self.tensors[weight], self.offsets)
         return y if bias is None else y + self.tensors[bias].index_select(0, self.expert)
 
+    def conv2d(self, x: Tensor, weight: str, bias: str, stride: int, padding: int) -> Tensor:
+        kernels = self.tensors[weight]
+        height, width = ((size + 2 * padding - kernels.shape[-1]) // stride + 1 for size in x.shape[-2:])
+        patches = F.unfold(x, kernels.shape[-2:], padding=padding, stride=stride)  # (N, C_in * area, places)
+        places = height * width
+        columns = patches.transpose(1, 2).flatten(0, 1)
+        y = grouped_matmul(columns, kernels.flatten(2).transpose(1, 2), self.offsets * places)
+        y = y.view(-1, places, kernels.shape[1]).transpose(1, 2) + self.tensors[bias][self.expert].unsqueeze(2)
+        return y.unflatten(2, (height, width))
+
 
 def run_grouped(expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor) -> Tensor:
     """Sort the assignments by expert and multiply each run with its own expert's rows.

@@ -1,5 +1,6 @@
 """The reference backend: a loop over experts. It defines what is right."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.experts.base import Expert
@@ -14,6 +15,9 @@ class LoopOps:
     def linear(self, x: Tensor, weight: str, bias: str | None = None) -> Tensor:
         y = x @ self.rows[weight]
         return y if bias is None else y + self.rows[bias]
+
+    def conv2d(self, x: Tensor, weight: str, bias: str, stride: int, padding: int) -> Tensor:
+        return F.conv2d(x, self.rows[weight], self.rows[bias], stride, padding)
 
 
 def run_reference(expert: Expert, tensors: dict[str, Tensor], x: Tensor, local: Tensor) -> Tensor:

@@ -21,8 +21,10 @@ DENSE_MAX_EXPERTS = 4
 DENSE_MAX_TOKENS = 64
 
 
-def choose_backend(num_experts: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What ``auto`` takes for one group of experts; it depends on sizes only, so a compiled choice is static."""
+def choose_backend(expert: Expert, num_experts: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What ``auto`` takes for one group of experts; it depends on kind and sizes only: a compiled choice is static."""
+    if device.type == "cpu" and expert.one_by_one_on_cpu and not torch.compiler.is_compiling():
+        return "reference"
     if dtype == torch.float64:  # grouped_mm does not take it; the loop's nonzero would break a compiled graph
         return "dense" if torch.compiler.is_compiling() else "reference"
     if device.type == "cpu" and num_experts <= DENSE_MAX_EXPERTS and num_tokens <= DENSE_MAX_TOKENS:
@@ -53,7 +55,7 @@ def compute_assignments(
         if partial and eager:  # only this group's assignments; a compiled graph needs static sizes and keeps all
             part = (local >= 0).nonzero().squeeze(1)
             token, local = token.index_select(0, part), local.index_select(0, part)
-        name = backend if backend != "auto" else choose_backend(len(group.ids), x.shape[0], x.dtype, x.device)
+        name = backend if backend != "auto" else choose_backend(expert, len(group.ids), x.shape[0], x.dtype, x.device)
         if name == "dense":
             y = run_dense(expert, group.tensors, x, token, local)
         else:

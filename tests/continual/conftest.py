@@ -24,7 +24,7 @@ def make_blobs(num_tasks=3, n=24, same_classes=False):
     return tasks
 
 
-def make_strategy(model, plugins, optimizer=None, epochs=1, batch_size=8, cls=Naive, **kwargs):
+def make_strategy(model, plugins, optimizer=None, epochs=1, batch_size=8, cls=Naive, evaluator=None, **kwargs):
     """A quiet Avalanche strategy."""
     return cls(
         model=model,
@@ -33,7 +33,7 @@ def make_strategy(model, plugins, optimizer=None, epochs=1, batch_size=8, cls=Na
         train_mb_size=batch_size,
         train_epochs=epochs,
         plugins=plugins,
-        evaluator=EvaluationPlugin(),
+        evaluator=evaluator or EvaluationPlugin(),
         **kwargs,
     )
 

@@ -10,6 +10,7 @@ from avalanche.models import IncrementalClassifier
 from avalanche.training.plugins import (
     AGEMPlugin,
     EWCPlugin,
+    GDumbPlugin,
     LwFPlugin,
     MASPlugin,
     ReplayPlugin,
@@ -192,15 +193,19 @@ def test_avalanche_s_plugins_run_over_five_growths(make, plugin, blobs, strategy
 
 
 @pytest.mark.parametrize(
-    "plugin",
-    [lambda: SynapticIntelligencePlugin(si_lambda=1.0), lambda: RWalkPlugin()],
-    ids=["si", "rwalk"],
+    ("plugin", "reason"),
+    [
+        (lambda: SynapticIntelligencePlugin(si_lambda=1.0), r"its importance is exactly 0 .* EWCPlugin or MASPlugin"),
+        (lambda: RWalkPlugin(), r"a fixed list of parameters .* EWCPlugin or MASPlugin"),
+        (lambda: GDumbPlugin(), r"puts the untrained first model back .* ReplayPlugin"),
+    ],
+    ids=["si", "rwalk", "gdumb"],
 )
-def test_plugins_that_break_on_growth_are_refused_with_the_reason(plugin, blobs, strategy_of):
+def test_plugins_that_break_on_growth_are_refused_with_the_reason(plugin, reason, blobs, strategy_of):
     model = Net()
     before = copy.deepcopy(model.state_dict())
     strategy = strategy_of(model, [ExpertPoolPlugin(), plugin()])
-    with pytest.raises(ValueError, match=r"cannot be used beside ExpertPoolPlugin: .* EWCPlugin or MASPlugin"):
+    with pytest.raises(ValueError, match=rf"Plugin cannot be used beside ExpertPoolPlugin: .*{reason}"):
         strategy.train(to_benchmark(blobs()).train_stream[0])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -189,3 +189,9 @@ def test_a_backbone_is_fitted_to_the_first_task_only(strategy_of):
     assert torch.equal(kernel, backbone.kernel)
     x, y = (torch.cat([getattr(task, name) for task in tasks]) for name in ("test_x", "test_y"))
     assert (model.eval()(x).argmax(1) == y).double().mean() > 0.9
+
+
+def test_before_any_class_nothing_is_known_whatever_the_backbone_lacks():
+    model = PoolClassifier(MLPExpert(2 * 4 * 16, 4), GaussianRouter(2 * 4 * 16), 3, PatchFeatures(8, num_filters=4))
+    for mode in (True, False):
+        assert torch.equal(model.train(mode)(torch.rand(5, 64)), torch.full((5, 3), UNKNOWN))

@@ -73,10 +73,19 @@ def test_every_config_names_its_gate_and_known_keys(path):
 
 def test_domain_incremental_stream_and_avalanche_s_methods():
     config = ContinualConfig(
-        stream="permuted_digits", num_tasks=2, limit=20, epochs=1, baselines=["gdumb", "ewc", "lwf"], other_gates=[]
+        stream="permuted_digits",
+        num_tasks=2,
+        limit=20,
+        epochs=1,
+        baselines=["gdumb", "ewc", "lwf", "pnn"],
+        other_gates=["expert_gate", "learned"],
+        features="random",
+        num_filters=50,
     )
     records = config.run(0, lambda text: None)
-    assert list(records) == ["pool", "oracle", "router_only", "gdumb", "ewc", "lwf"]
+    gates = ["pool_expert_gate", "pool_learned"]
+    assert list(records) == ["pool", *gates, "oracle", "router_only", "gdumb", "ewc", "lwf", "pnn"]
+    assert "told the task" in records["pnn"].about
     # the permutation is easy to see, and the classes are the same in both tasks
     assert records["pool"].metrics["routing_accuracy"] > 0.9
     assert records["pool"].matrices["routing"].values.shape == (2, 2)
@@ -105,3 +114,50 @@ def test_filters_of_the_first_task_and_the_stick_gate():
 def test_the_main_gate_runs_once():
     with pytest.raises(ValueError, match="is the main one already"):
         ContinualConfig(gate="prototype")
+
+
+def test_convolutional_experts_and_networks_of_the_pool_s_size():
+    config = ContinualConfig(num_tasks=2, limit=30, expert="conv", epochs=8, gate="ppca", other_gates=[])
+    records = config.run(0, lambda text: None)
+    pool = records["pool"].metrics
+    # 2 experts: 16 * 25 + 16, 32 * 16 * 25 + 32, a map of 32 * 2 * 2 to 32; and 10 head rows of 33
+    assert records["oracle"].metrics["parameters"] == 2 * (416 + 12_832 + 128 * 32 + 32) + 330
+    assert pool["accuracy"] > 0.8
+    assert records["joint"].metrics["parameters"] == pytest.approx(pool["parameters"], rel=0.01)
+    assert records["joint"].metrics["accuracy"] > 0.8
+    assert "CNN" in records["joint"].about
+
+
+@pytest.fixture(scope="module")
+def single_pass():
+    config = ContinualConfig(
+        stream="split_mnist5k",
+        num_tasks=2,
+        experience_size=40,
+        features="patches",
+        num_filters=8,
+        filter_images=100,
+        gate="stick",
+        other_gates=[],
+        baselines=["replay"],
+        epochs=1,
+        batch_size=10,
+        memory=50,
+    )
+    return config.run(0, lambda text: None)
+
+
+def test_a_single_pass_without_boundaries(single_pass):
+    pool = single_pass["pool"].metrics
+    assert list(single_pass) == ["pool", "oracle", "router_only", "streaming_ridge", "replay"]
+    assert pool["experts"] == 2  # nobody said when
+    assert pool["accuracy"] > 0.85
+    assert single_pass["streaming_ridge"].metrics["accuracy"] > 0.85
+    assert single_pass["oracle"].metrics["accuracy"] >= pool["accuracy"]
+
+
+def test_a_single_pass_refuses_what_needs_whole_tasks():
+    with pytest.raises(ValueError, match="'gdumb', 'lwf'"):
+        ContinualConfig(experience_size=20, baselines=["lwf", "gdumb"])
+    with pytest.raises(ValueError, match="tasks of different classes"):
+        ContinualConfig(stream="permuted_digits", experience_size=20).run(0, lambda text: None)

@@ -61,9 +61,25 @@ def test_more_epochs_reconstruct_better():
     x = torch.randn(200, 2, generator=generator()) @ torch.randn(2, 10, generator=generator(1))
     errors = []
     for epochs in (1, 40):
-        router = AutoencoderRouter(10, hidden_features=8, epochs=epochs, learning_rate=1e-2)
+        router = AutoencoderRouter(10, hidden_features=8, epochs=epochs, learning_rate=1e-2, noise=0.0)
         errors.append(-router.score(x, fitted(router, x).namespace("gate")).mean().item())
     assert errors[1] < errors[0] / 5
+
+
+def test_noise_keeps_a_wide_autoencoder_from_rebuilding_what_its_class_is_not():
+    # a class along one axis of four with variance 4, the others .01; H = 8 could be the identity. The best linear
+    # reconstruction under noise of variance 1 shrinks an axis of variance v by v / (v + 1): 4/5 of the class's own
+    # axis, and .01 of another one. At (0, 3, 0, 0) that leaves about (.99 * 3)^2 = 8.8 of the square 9
+    x = torch.randn(2000, 4, generator=generator()) * torch.tensor([2.0, 0.1, 0.1, 0.1])
+    other, own = torch.tensor([[0.0, 3.0, 0.0, 0.0]]), torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    errors = {}
+    for noise in (0.0, 1.0):
+        router = AutoencoderRouter(4, hidden_features=8, epochs=60, learning_rate=1e-2, noise=noise)
+        rows = fitted(router, x).namespace("gate")
+        errors[noise] = [-2 * router.score(point, rows).item() for point in (other, own)]
+    assert errors[0.0][0] < 1
+    assert errors[1.0][0] > 6
+    assert errors[1.0][1] < 1.5
 
 
 def test_one_autoencoder_for_each_expert():
@@ -122,6 +138,7 @@ def test_scores_are_minus_squared_errors():
         ({"epochs": 0}, "hidden_features and epochs must be at least 1, got 64 and 0"),
         ({"learning_rate": 0.0}, "learning_rate and width must be positive, got 0.0 and 1.0"),
         ({"width": -1.0}, "learning_rate and width must be positive, got 0.002 and -1.0"),
+        ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
     ],
 )
 def test_bad_settings(settings: dict, message: str):

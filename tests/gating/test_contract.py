@@ -22,6 +22,7 @@ from modmoe import (
     TopKRouter,
 )
 from modmoe.gating.autoencoder import AutoencoderRouter
+from modmoe.gating.learned import LearnedRouter
 from modmoe.gating.ppca import PPCARouter
 from modmoe.gating.stick import StickRouter
 
@@ -42,6 +43,8 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "stick and density": lambda: StickRouter(
         D, 8, ridge=1.0, density=PPCARouter(2, components=1, rank=1), density_slice=(4, 6), top_k=2
     ),
+    "learned": lambda: LearnedRouter(D, GaussianRouter(D), hidden_features=8, max_epochs=10),
+    "learned, top-2": lambda: LearnedRouter(D, PPCARouter(D, components=1, rank=2), 8, max_epochs=5, top_k=2),
 }
 
 pytestmark = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS.keys())

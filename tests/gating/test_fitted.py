@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modmoe import ExpertPool, MLPExpert, MoELayer
-from modmoe.gating.fitted import SINGLE_CLASS, ClasswiseRouter, class_generator, sum_by_owner
+from modmoe.gating.classwise import SINGLE_CLASS, ClasswiseRouter
+from modmoe.gating.fitted import class_generator, sum_by_owner
 from modmoe.growable import RowSpec
 from modmoe.pool import Rows
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from modmoe import ExpertPool, MLPExpert
+from modmoe.gating.classwise import DENSITY, PartOfRows
 from modmoe.gating.ppca import PPCARouter
-from modmoe.gating.stick import DENSITY, PartOfRows, StickRouter
+from modmoe.gating.stick import StickRouter
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -295,3 +296,59 @@ def test_bad_observations_change_nothing():
 def test_bad_settings(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         StickRouter(**{"in_features": 4, "num_classes": 3, **settings})
+
+
+# -- observing in parts, settled once ----------------------------------------------------------------------------------
+
+
+def test_parts_settled_once_equal_one_observation():
+    x, labels = blobs()
+    router, whole = StickRouter(5, 6), StickRouter(5, 6)
+    pool, expected = pool_for(router), stream(whole, x, labels, 1)
+    mine = labels < 2
+    for part in torch.arange(80).split(7):
+        router.observe(pool, "gate", 0, x[mine][part], labels[mine][part], settle=False)
+    assert not heads(pool, 0)[0].any()  # its head has not been solved at all
+    router.settle(pool, "gate", 0)
+    assert int(router.unsettled) == -1
+    for got, wanted in zip(heads(pool, 0), heads(expected, 0), strict=True):
+        assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unsettled_expert_is_in_the_way_of_the_next_one():
+    x, labels = blobs()
+    router = StickRouter(5, 6)
+    pool = pool_for(router, 2)
+    router.observe(pool, "gate", 0, x[:80], labels[:80], settle=False)
+    with pytest.raises(ValueError, match="expert 0 has not been settled"):
+        router.observe(pool, "gate", 1, x[80:], labels[80:])
+    pool.freeze([0])
+    with pytest.raises(ValueError, match="frozen before it was settled"):
+        router.settle(pool, "gate", 0)
+    pool.unfreeze([0])
+    router.settle(pool, "gate", 0)
+    pool.freeze([0])
+    router.settle(pool, "gate", 0)  # nothing is left to do
+    router.observe(pool, "gate", 1, x[80:], labels[80:])
+
+
+def test_a_removed_expert_needs_no_settling():
+    x, labels = blobs()
+    router = StickRouter(5, 6)
+    pool = pool_for(router, 2)
+    router.observe(pool, "gate", 0, x[:80], labels[:80], settle=False)
+    pool.remove([0])
+    router.observe(pool, "gate", 1, x[80:], labels[80:])
+    assert int(router.unsettled) == -1
+
+
+def test_ridge_scores_are_those_of_one_regression():
+    x, labels = blobs()
+    router = StickRouter(5, 6, ridge=3.0)
+    stream(router, x, labels)
+    scores, classes = router.ridge_scores(x[::11])
+    inputs = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    targets = torch.nn.functional.one_hot(labels, 6).double()
+    weight = torch.linalg.solve(inputs.T @ inputs + 3.0 * torch.eye(6, dtype=torch.float64), inputs.T @ targets)
+    assert classes.tolist() == list(range(6))
+    assert_close(scores, (inputs[::11] @ weight).float(), atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modmoe import DenseRouter, ExpertPool, GaussianRouter, MLPExpert, MoELayer, Routing, TopKRouter
+from modmoe import ConvExpert, DenseRouter, ExpertPool, GaussianRouter, MLPExpert, MoELayer, Routing, TopKRouter
 from modmoe.kernels.select import BACKENDS, choose_backend, combine, compute_assignments
 
 FAST = tuple(backend for backend in BACKENDS if backend != "reference")
@@ -93,11 +93,16 @@ class Case:
     tasks: bool = False
     only: tuple[int, ...] = ()  # experts that are open; the others stay empty
     dense_gate: bool = False
+    image: tuple[int, int, int] | None = None  # convolutional experts; sizes[0] is the size of the input
 
     def layer(self, dtype: torch.dtype) -> MoELayer:
         torch.manual_seed(0)
         task = "a" if self.tasks else None
-        pool = ExpertPool(MLPExpert(*self.sizes), self.num_experts, task=task)
+        if self.image is None:
+            expert = MLPExpert(*self.sizes)
+        else:
+            expert = ConvExpert(self.image, (3, 2), self.sizes[2], stride=2, in_features=self.sizes[0])
+        pool = ExpertPool(expert, self.num_experts, task=task)
         router = DenseRouter(self.sizes[0]) if self.dense_gate else TopKRouter(self.sizes[0], self.top_k)
         layer = MoELayer(pool, router, backend="reference")
         if self.wider:
@@ -141,6 +146,10 @@ CASES = {
     "tasks": Case(num_experts=2, tasks=True, wider=2),
     "one_expert": Case(num_experts=1, top_k=1),
     "one_frozen_expert": Case(num_experts=1, top_k=1, freeze=(0,)),
+    "images": Case(sizes=(50, 0, 4), image=(2, 5, 5)),
+    "images_and_other_features": Case(sizes=(53, 0, 4), image=(2, 5, 5), num_experts=6, only=(1, 4)),
+    "images_everything": Case(9, (50, 0, 4), 3, 3, freeze=(0, 2), mask=True, tasks=True, image=(2, 5, 5)),
+    "no_images": Case(0, (50, 0, 4), image=(2, 5, 5)),
     "many_tokens": Case(num_tokens=200, num_experts=7),
     "everything": Case(5, (5, 7, 3), 3, 3, wider=2, freeze=(0, 3), mask=True, tasks=True),
     "everything_wide": Case(70, (8, 12, 4), 3, 2, wider=2, freeze=(1,), mask=True, tasks=True, only=(0, 1, 3, 4, 5)),
@@ -471,12 +480,16 @@ def test_padding_never_changes_a_real_token(kind, backend):
 # -- the choice of a backend -------------------------------------------------------------------------------------------
 
 
-def test_auto_depends_on_sizes_only(monkeypatch):
+def test_auto_depends_on_kind_and_sizes_only(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_backend(4, 64, torch.float32, cpu) == "dense"
-    assert choose_backend(5, 64, torch.float32, cpu) == "grouped"
-    assert choose_backend(4, 65, torch.float32, cpu) == "grouped"
-    assert choose_backend(2, 2, torch.float32, cuda) == "grouped"
-    assert choose_backend(100, 1000, torch.float64, cpu) == "reference"  # grouped_mm has no float64
+    mlp, conv = MLPExpert(8, 8), ConvExpert((1, 4, 4), (2,))
+    assert choose_backend(mlp, 4, 64, torch.float32, cpu) == "dense"
+    assert choose_backend(mlp, 5, 64, torch.float32, cpu) == "grouped"
+    assert choose_backend(mlp, 4, 65, torch.float32, cpu) == "grouped"
+    assert choose_backend(mlp, 2, 2, torch.float32, cuda) == "grouped"
+    assert choose_backend(conv, 4, 64, torch.float32, cpu) == "reference"  # one native convolution after the other
+    assert choose_backend(conv, 4, 64, torch.float32, cuda) == "grouped"
+    assert choose_backend(mlp, 100, 1000, torch.float64, cpu) == "reference"  # grouped_mm has no float64
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert choose_backend(100, 1000, torch.float64, cpu) == "dense"  # the loop's nonzero would break the graph
+    assert choose_backend(conv, 4, 65, torch.float32, cpu) == "grouped"
+    assert choose_backend(mlp, 100, 1000, torch.float64, cpu) == "dense"  # the loop's nonzero would break the graph
