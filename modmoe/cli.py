@@ -1,6 +1,7 @@
 """The command ``modmoe``: run an experiment from a YAML file; the command line overrides any setting."""
 
 import dataclasses
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -56,17 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None means sys.argv's.
     Returns:
         The exit status: 0; 1 if a host library is missing; 2 for a mistake in the command line or the config
-        file; 130 if interrupted.
+        file; 130 if interrupted; 141 if nobody reads on.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except _UsageError as error:
         return _fail(str(error), 2)
     except MissingExtraError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # the reader (head, less) has gone; Python would complain once more when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _fail(message: str, status: int) -> int:

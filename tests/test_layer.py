@@ -24,21 +24,6 @@ from modmoe.losses import load_balancing_loss, z_loss
 D = 4
 
 
-def layer_of(num_experts: int = 3, top_k: int = 2, seed: int = 0, **kwargs) -> MoELayer:
-    torch.manual_seed(seed)
-    return MoELayer(ExpertPool(MLPExpert(D, 8), num_experts), TopKRouter(D, top_k), **kwargs)
-
-
-def with_tasks(*tasks: str | int | None, top_k: int = 1) -> MoELayer:
-    """One expert for each entry."""
-    torch.manual_seed(0)
-    layer = MoELayer(ExpertPool(MLPExpert(D, 8), 1, task=tasks[0]), TopKRouter(D, top_k=1))
-    for task in tasks[1:]:
-        layer.add_experts(1, task=task)
-    layer.router.top_k = top_k
-    return layer
-
-
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +53,7 @@ def test_two_scalar_experts_by_hand():
     assert_close(layer(x, mask=mask), torch.tensor([[115.0], [225.4], [0.0]]))
 
 
-def test_it_equals_the_formula():
+def test_it_equals_the_formula(layer_of):
     layer = layer_of()
     x = torch.randn(20, D)
     y = layer(x)
@@ -85,7 +70,7 @@ def test_it_equals_the_formula():
 
 
 @pytest.mark.parametrize("shape", [(D,), (5, D), (2, 3, D), (2, 3, 4, D), (0, D), (2, 0, D), (0, 3, D)])
-def test_leading_axes(shape):
+def test_leading_axes(shape, layer_of):
     layer = layer_of(shared_expert=nn.Linear(D, D))
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)
@@ -103,7 +88,7 @@ def test_leading_axes(shape):
     assert x.grad.shape == shape
 
 
-def test_an_input_that_is_not_contiguous():
+def test_an_input_that_is_not_contiguous(layer_of):
     layer = layer_of()
     x = torch.randn(D, 6).t()
     assert_close(layer(x), layer(x.contiguous()))
@@ -119,7 +104,7 @@ def test_another_output_size():
 # -- padding -----------------------------------------------------------------------------------------------------------
 
 
-def test_nan_in_padding_leaks_nowhere():
+def test_nan_in_padding_leaks_nowhere(layer_of):
     shared = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, D))
     layer = layer_of(shared_expert=shared)
     clean = torch.randn(2, 3, D)
@@ -138,7 +123,7 @@ def test_nan_in_padding_leaks_nowhere():
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_padding_loads_no_expert():
+def test_padding_loads_no_expert(layer_of):
     layer = layer_of()
     layer(torch.randn(5, D), mask=torch.tensor([True, False, True, False, False]))
     assert layer.routing.load.sum() == 4
@@ -153,7 +138,7 @@ def matrix(layer: MoELayer, x: Tensor, **kwargs) -> list[list[bool]]:
     return (layer.route(x, **kwargs).matrix() > 0).tolist()
 
 
-def test_one_task_for_all():
+def test_one_task_for_all(with_tasks):
     layer = with_tasks("a", "b", 3)
     x = torch.randn(4, D)
     assert matrix(layer, x, task_ids="b") == [[False, True, False]] * 4
@@ -161,7 +146,7 @@ def test_one_task_for_all():
     assert matrix(layer, x, task_ids=torch.tensor(3)) == [[False, False, True]] * 4
 
 
-def test_tasks_by_batch_entry_and_by_token():
+def test_tasks_by_batch_entry_and_by_token(with_tasks):
     layer = with_tasks(0, 1, "a")
     x = torch.randn(2, 3, D)
     a, b, c = [True, False, False], [False, True, False], [False, False, True]
@@ -173,7 +158,7 @@ def test_tasks_by_batch_entry_and_by_token():
     assert matrix(layer, x[0, 0], task_ids=[1]) == [b]
 
 
-def test_experts_without_a_task_serve_every_task():
+def test_experts_without_a_task_serve_every_task(with_tasks):
     layer = with_tasks("a", None, "b", top_k=3)
     x = torch.randn(2, D)
     assert matrix(layer, x, task_ids="a") == [[True, True, False]] * 2
@@ -182,7 +167,7 @@ def test_experts_without_a_task_serve_every_task():
     assert matrix(layer, x) == [[True, True, True]] * 2
 
 
-def test_a_task_together_with_an_explicit_mask():
+def test_a_task_together_with_an_explicit_mask(with_tasks):
     layer = with_tasks("a", "a", "b", top_k=2)
     x = torch.randn(2, D)
     by_token = torch.tensor([[True, False, True], [False, True, True]])
@@ -192,7 +177,7 @@ def test_a_task_together_with_an_explicit_mask():
     assert_close(layer.routing.matrix().sum(1), torch.ones(2))
 
 
-def test_a_masked_task_never_feels_another():
+def test_a_masked_task_never_feels_another(with_tasks):
     layer = with_tasks("a", "a", "b", top_k=2)
     x = torch.randn(6, D)
     with torch.no_grad():
@@ -207,7 +192,7 @@ def test_a_masked_task_never_feels_another():
 # -- the last routing --------------------------------------------------------------------------------------------------
 
 
-def test_losses_can_be_made_from_it_between_forward_and_backward():
+def test_losses_can_be_made_from_it_between_forward_and_backward(layer_of):
     layer = layer_of()
     assert layer.routing is None
     x = torch.randn(8, D)
@@ -247,7 +232,7 @@ def test_it_keeps_no_graph_alive_after_backward(router, backend):
     assert [reference() for reference in graph] == [None] * 4
 
 
-def test_a_backward_pass_of_an_older_batch_leaves_the_newer_routing_alone():
+def test_a_backward_pass_of_an_older_batch_leaves_the_newer_routing_alone(layer_of):
     layer = layer_of()
     first = layer(torch.randn(3, D))
     second = layer(torch.randn(5, D))
@@ -258,7 +243,7 @@ def test_a_backward_pass_of_an_older_batch_leaves_the_newer_routing_alone():
     assert layer.routing.weight.grad_fn is None
 
 
-def test_without_gradients_there_is_no_graph():
+def test_without_gradients_there_is_no_graph(layer_of):
     layer = layer_of()
     with torch.no_grad():
         layer(torch.randn(3, D))
@@ -266,7 +251,7 @@ def test_without_gradients_there_is_no_graph():
     assert layer.routing.num_tokens == 3
 
 
-def test_it_is_left_out_of_copies_and_of_the_state_dict():
+def test_it_is_left_out_of_copies_and_of_the_state_dict(layer_of):
     layer = layer_of()
     x = torch.randn(3, D)
     y = layer(x)
@@ -282,7 +267,7 @@ def test_it_is_left_out_of_copies_and_of_the_state_dict():
     assert not any("routing" in key for key in keys)
 
 
-def test_saved_and_loaded():
+def test_saved_and_loaded(layer_of):
     layer = layer_of()
     layer.freeze([1])
     layer.add_experts(1, task="new")
@@ -296,7 +281,7 @@ def test_saved_and_loaded():
     assert torch.equal(other(x, task_ids="new"), layer(x, task_ids="new"))
 
 
-def test_seeded_runs_are_equal():
+def test_seeded_runs_are_equal(layer_of):
     def train() -> Tensor:
         layer = layer_of(num_experts=4)
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
@@ -314,7 +299,7 @@ def test_seeded_runs_are_equal():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "dense", "bmm", "grouped"])
-def test_autocast(backend):
+def test_autocast(backend, layer_of):
     layer = layer_of(shared_expert=nn.Linear(D, D), backend=backend)
     layer.freeze([0])
     x = torch.randn(16, D, requires_grad=True)
@@ -330,7 +315,7 @@ def test_autocast(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_of_another_precision(dtype):
+def test_a_model_of_another_precision(dtype, layer_of):
     layer = layer_of(shared_expert=nn.Linear(D, D)).to(dtype)
     y = layer(torch.randn(5, D, dtype=dtype))
     assert y.dtype == dtype
@@ -366,7 +351,7 @@ def test_a_free_name_is_found_beside_names_given_by_hand():
 # -- growing -----------------------------------------------------------------------------------------------------------
 
 
-def test_freezing_everything_freezes_the_shared_expert_and_what_an_optimizer_would_still_apply():
+def test_freezing_everything_freezes_the_shared_expert_and_what_an_optimizer_would_still_apply(layer_of):
     layer = layer_of(shared_expert=nn.Linear(D, D))
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     x = torch.randn(5, D)
@@ -391,7 +376,7 @@ def test_a_frozen_shared_expert_keeps_its_normalisation_statistics():
     assert torch.equal(before, layer.shared_expert.running_mean)
 
 
-def test_freezing_some_leaves_the_shared_expert_trainable():
+def test_freezing_some_leaves_the_shared_expert_trainable(layer_of):
     layer = layer_of(shared_expert=nn.Linear(D, D))
     layer.freeze([0])
     assert layer.shared_expert.weight.requires_grad

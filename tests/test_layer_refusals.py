@@ -16,21 +16,6 @@ from modmoe import (
 D = 4
 
 
-def layer_of(num_experts: int = 3, top_k: int = 2, seed: int = 0, **kwargs) -> MoELayer:
-    torch.manual_seed(seed)
-    return MoELayer(ExpertPool(MLPExpert(D, 8), num_experts), TopKRouter(D, top_k), **kwargs)
-
-
-def with_tasks(*tasks: str | int | None, top_k: int = 1) -> MoELayer:
-    """One expert for each entry."""
-    torch.manual_seed(0)
-    layer = MoELayer(ExpertPool(MLPExpert(D, 8), 1, task=tasks[0]), TopKRouter(D, top_k=1))
-    for task in tasks[1:]:
-        layer.add_experts(1, task=task)
-    layer.router.top_k = top_k
-    return layer
-
-
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -105,7 +90,7 @@ def test_a_layer_that_does_not_fit_declares_nothing():
     assert_unchanged(pool, before)
 
 
-def test_removing_more_than_k_allows():
+def test_removing_more_than_k_allows(layer_of):
     layer = layer_of(num_experts=3, top_k=2)
     before = snapshot(layer)
     with pytest.raises(ValueError, match="top_k=2 experts cannot be chosen out of 1"):
@@ -120,7 +105,7 @@ def test_removing_more_than_k_allows():
     assert layer(torch.randn(2, D)).shape == (2, D)
 
 
-def test_a_routing_of_another_batch_or_pool():
+def test_a_routing_of_another_batch_or_pool(layer_of):
     layer = layer_of()
     x = torch.randn(5, D)
     routing = layer.route(x)
@@ -131,7 +116,7 @@ def test_a_routing_of_another_batch_or_pool():
         layer.compute(x, routing)
 
 
-def test_compute_refuses_another_precision():
+def test_compute_refuses_another_precision(layer_of):
     layer = layer_of()
     routing = layer.route(torch.randn(5, D))
     with pytest.raises(ValueError, match=r"x has dtype torch\.float64, the experts have torch\.float32"):

@@ -23,11 +23,11 @@ def shows_boundaries(experience: Any) -> bool:
 
 
 def task_label(experience: Any) -> int | None:
-    """Its one task label, if the stream tells tasks apart by labels instead of giving every experience the label 0."""
+    """Its one task label, if the stream tells tasks by labels: Avalanche gives every experience of others a 0."""
     own = set(getattr(experience, "task_labels", None) or ())
     stream = getattr(experience, "origin_stream", None) or ()
     labels = {label for other in stream for label in getattr(other, "task_labels", ())}
-    return int(own.pop()) if len(own) == 1 and len(labels) > 1 else None
+    return int(own.pop()) if len(own) == 1 and labels | own != {0} else None
 
 
 def read_all(dataset: Any, device: Any) -> tuple[Tensor, Tensor]:
