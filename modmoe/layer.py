@@ -66,6 +66,7 @@ class MoELayer(nn.Module):
         *,
         top_k: int | None = None,
         expert_mask: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Tensor:
         """Route and compute.
 
@@ -76,13 +77,14 @@ class MoELayer(nn.Module):
                 int tensor), or an int tensor (...). Tokens of a task use its experts and those without a task only.
             top_k: overrides the router's k in this call.
             expert_mask: (E,) or (..., E) bool, the experts that may be used, in the order of ``pool.ids``.
+            ids: (...) int64, what the router's ``needs_ids`` names.
         Returns:
             (..., D_out) with x's dtype (under autocast: the autocast dtype).
         Raises:
             ValueError: on a wrong shape, k or task, or where every expert is masked for a token.
             NonFiniteError: on a non-finite input or score.
         """
-        routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask)
+        routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
         y = combine(self.compute(x, routing), routing)
         y = y.view(*x.shape[:-1], y.shape[1])
         if self.shared_expert is not None:
@@ -99,6 +101,7 @@ class MoELayer(nn.Module):
         *,
         top_k: int | None = None,
         expert_mask: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> Routing:
         """What the router decides for x, without computing; arguments as in :meth:`forward`."""
         if x.dim() < 1 or x.shape[-1] != self.router.in_features:
@@ -113,7 +116,8 @@ class MoELayer(nn.Module):
         if flat_mask is not None:
             flat = torch.where(flat_mask.unsqueeze(1), flat, torch.zeros_like(flat))
         rows = self.pool.namespace(self.namespace)
-        routing = self.router(flat, rows, mask=flat_mask, open_experts=open_experts, top_k=top_k)
+        flat_ids = None if ids is None else ids.reshape(-1)
+        routing = self.router(flat, rows, flat_mask, open_experts, top_k, flat_ids, tuple(shape))
         self._keep(routing)
         return routing
 
@@ -277,6 +281,11 @@ class MoELayer(nn.Module):
         if left:
             self.router.check_pool(len(left))
         self.pool.remove(ids)
+
+    def update_router(self) -> None:
+        """Let the router adjust what it keeps besides its gradients, after an optimizer step; see Router.update."""
+        if self._routing is not None:
+            self.router.update(self.pool, self.namespace, self._routing)
 
     def observe(self, expert_id: int, x: Tensor, labels: Tensor | None = None, settle: bool = True) -> None:
         """Take data into the statistics that a gate keeps of one live expert; see FittedRouter.observe."""

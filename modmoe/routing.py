@@ -29,6 +29,9 @@ class Routing:
         has_drops: False where it is known, without looking at values, that nothing was dropped.
         mask: (T,) bool, True for real tokens; None means all.
         open_experts: (E,) or (T, E) bool, the experts that were allowed; None means all.
+        requested: (N,) int64, the experts before a capacity limit dropped some; None where there is no limit.
+        noisy_logits: (T, E) what the selection was made by, where noise was added to the logits.
+        noise_std: (T, E) the noise's standard deviation.
     """
 
     token_index: Tensor
@@ -42,6 +45,9 @@ class Routing:
     has_drops: bool = True
     mask: Tensor | None = None
     open_experts: Tensor | None = None
+    requested: Tensor | None = None
+    noisy_logits: Tensor | None = None
+    noise_std: Tensor | None = None
 
     @classmethod
     def assigned(cls, experts: Tensor, num_experts: int, dtype: torch.dtype = torch.float32) -> "Routing":
@@ -67,14 +73,22 @@ class Routing:
 
     @property
     def choices(self) -> Tensor:
-        """(T, K) expert positions, -1 where dropped: what the balancing losses take.
+        """(T, K) expert positions, -1 where dropped.
 
         Raises:
             ValueError: if the router did not choose a fixed number of experts for each token.
         """
+        return self._by_token(self.expert_index)
+
+    @property
+    def requested_choices(self) -> Tensor:
+        """(T, K) expert positions before a capacity limit dropped some: what the balancing losses take."""
+        return self._by_token(self.expert_index if self.requested is None else self.requested)
+
+    def _by_token(self, index: Tensor) -> Tensor:
         if self.top_k is None:
             raise ValueError("this routing does not hold the same number of choices for each token")
-        return self.expert_index.view(self.num_tokens, self.top_k)
+        return index.view(self.num_tokens, self.top_k)
 
     @property
     def load(self) -> Tensor:

@@ -1,15 +1,35 @@
 """What every router has in common: scores, closed experts, checks, and the declared properties."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modmoe.errors import NonFiniteError
+from modmoe.gating.capacity import Capacity
 from modmoe.growable import RowSpec
-from modmoe.pool import Preserving, Rows
+from modmoe.pool import ExpertPool, Preserving, Rows
 from modmoe.routing import Routing
+
+
+class Noisy(NamedTuple):
+    """Logits (T, E) that noise was added to, and its standard deviation (T, E)."""
+
+    logits: Tensor
+    std: Tensor
+
+
+class Assignment(NamedTuple):
+    """The triples of a Routing, and where they come from; see there."""
+
+    token_index: Tensor
+    expert_index: Tensor
+    weight: Tensor
+    probs: Tensor
+    top_k: int | None
+    has_drops: bool
+    requested: Tensor | None = None
 
 
 class Router(nn.Module, ABC):
@@ -18,14 +38,18 @@ class Router(nn.Module, ABC):
     Attributes:
         scope: what it decides on at once: "token", "sequence" or "batch".
         causal: True if a token's routing does not depend on later tokens.
+        needs_ids: what the ``ids`` of a call hold: "token" or "domain"; None where there are none.
         shared_parts: names of its own parameters that all experts share; ``freeze()`` without ids freezes them too.
         in_features: size of the input.
+        capacity: the limit of each expert's load; None for none.
     """
 
     scope: ClassVar[Literal["token", "sequence", "batch"]] = "token"
     causal: ClassVar[bool] = True
+    needs_ids: ClassVar[Literal["token", "domain"] | None] = None
     shared_parts: ClassVar[tuple[str, ...]] = ()
     in_features: int
+    capacity: Capacity | None = None
 
     @abstractmethod
     def row_specs(self) -> dict[str, RowSpec]:
@@ -52,17 +76,72 @@ class Router(nn.Module, ABC):
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         """Raw scores (T, E) for x (T, D), at least in float32; an expert's column depends on its own rows only."""
 
+    def scores(self, x: Tensor, rows: Rows, ids: Tensor | None) -> Tensor:
+        """Raw scores (T, E) where a router reads ids (T,) int64 as well; others only :meth:`score`."""
+        return self.score(x, rows)
+
+    def jitter(self, x: Tensor) -> Tensor:
+        """What is scored in place of x (T, D), in training only; the experts see x itself."""
+        return x
+
+    def add_noise(self, logits: Tensor, x: Tensor, rows: Rows) -> Noisy | None:
+        """What is selected by in place of the logits, in training only; None for the logits themselves."""
+        return None
+
     @abstractmethod
-    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose experts.
+    def select(
+        self, logits: Tensor, allowed: Tensor | None, top_k: int | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose experts for each token.
 
         Args:
             logits: (T, E), with -inf where an expert is closed.
             allowed: (T, E) bool or None for all.
             top_k: this call's k, or None.
+            rows: this router's rows.
         Returns:
             expert positions (T, K), weights (T, K), probs (T, E).
         """
+
+    def assign(
+        self, logits: Tensor, allowed: Tensor | None, mask: Tensor | None, top_k: int | None, rows: Rows
+    ) -> Assignment:
+        """Turn scores into triples: K for each token, best first. Routers that decide otherwise override it.
+
+        Args:
+            logits: (T, E), with -inf where an expert is closed; 0 in padding.
+            allowed: (T, E) bool or None for all.
+            mask: (T,) bool or None for all.
+            top_k: this call's k, or None.
+            rows: this router's rows.
+        """
+        choices, weights, probs = self.select(logits, allowed, top_k, rows)
+        num_tokens, k = choices.shape
+        kept = None
+        if allowed is not None:
+            kept = allowed.gather(1, choices)
+        if mask is not None:
+            kept = mask.unsqueeze(1).expand_as(choices) if kept is None else kept & mask.unsqueeze(1)
+        if kept is not None:
+            choices = choices.masked_fill(~kept, -1)
+        requested = None
+        if self.capacity is not None:
+            requested = choices.reshape(-1)
+            num_real = num_tokens if mask is None else mask.sum()
+            limit = self.capacity.limit(num_real, k, logits.shape[1], self.training)
+            kept = self.capacity.keep(choices, probs.amax(1), logits.shape[1], limit)
+            choices = choices.masked_fill(~kept, -1)
+        if kept is not None:
+            weights = torch.where(kept, weights, torch.zeros_like(weights))
+        return Assignment(
+            torch.arange(num_tokens, device=logits.device).repeat_interleave(k),
+            choices.reshape(-1),
+            weights.reshape(-1),
+            probs,
+            k,
+            kept is not None,
+            requested,
+        )
 
     def forward(
         self,
@@ -71,6 +150,8 @@ class Router(nn.Module, ABC):
         mask: Tensor | None = None,
         open_experts: Tensor | None = None,
         top_k: int | None = None,
+        ids: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
     ) -> Routing:
         """Route tokens.
 
@@ -80,23 +161,28 @@ class Router(nn.Module, ABC):
             mask: (T,) bool, True for real tokens; the others are assigned to nobody.
             open_experts: (E,) or (T, E) bool, the experts that may be chosen; None for all.
             top_k: overrides the router's own k in this call.
+            ids: (T,) int64, see ``needs_ids``.
+            shape: what T is made of, the sequence last: (B, S), ...; None for one sequence.
         Returns:
-            The triples, token by token.
+            The triples.
         Raises:
             NonFiniteError: if a score of a real token is NaN or infinite.
-            ValueError: if a real token has no open expert, or on a wrong k.
+            ValueError: if a real token has no open expert, on a wrong k, or on ids missing or not needed.
         """
         num_tokens, num_experts = x.shape[0], len(rows.ids)
         self.check_pool(num_experts, top_k)
+        self.check_ids(ids, num_tokens)
         with torch.autocast(x.device.type, enabled=False):  # it would score in half precision
-            logits = self.score(x, rows)
+            logits = self.scores(self.jitter(x) if self.training else x, rows, ids)
+            noisy = self.add_noise(logits, x, rows) if self.training else None
+        ranked = logits if noisy is None else noisy.logits
         scored = self.scored_experts(rows)
-        allowed, masked = open_experts, logits
+        allowed, masked = open_experts, ranked
         if scored is not None:
             both = scored if open_experts is None else scored & open_experts
             unserved = ~both.any(-1, keepdim=True)
             allowed = both if open_experts is None else both | (open_experts & unserved)
-            masked = logits.masked_fill(~scored, 0.0)
+            masked = ranked.masked_fill(~scored, 0.0)
         comparable = masked
         if allowed is not None:
             allowed = allowed.expand(num_tokens, num_experts)
@@ -104,30 +190,28 @@ class Router(nn.Module, ABC):
         check_scores(x, comparable, allowed, mask)
         if mask is not None:  # padding must not turn into NaN, whatever is open to it
             masked = torch.where(mask.unsqueeze(1), masked, torch.zeros_like(masked))
-        choices, weights, probs = self.select(masked, allowed, top_k)
-        has_drops = allowed is not None or mask is not None
-        if has_drops:
-            kept = torch.ones_like(choices, dtype=torch.bool)
-            if allowed is not None:
-                kept = kept & allowed.gather(1, choices)
-            if mask is not None:
-                kept = kept & mask.unsqueeze(1)
-            choices = choices.masked_fill(~kept, -1)
-            weights = torch.where(kept, weights, torch.zeros_like(weights))
-        k = choices.shape[1]
+        assignment = self.assign(masked, allowed, mask, top_k, rows)
         return Routing(
-            token_index=torch.arange(num_tokens, device=x.device).repeat_interleave(k),
-            expert_index=choices.reshape(-1),
-            weight=weights.reshape(-1),
             num_tokens=num_tokens,
             num_experts=num_experts,
             logits=logits,
-            probs=probs,
-            top_k=k,
-            has_drops=has_drops,
+            noisy_logits=None if noisy is None else noisy.logits,
+            noise_std=None if noisy is None else noisy.std,
             mask=mask,
             open_experts=allowed,
+            **assignment._asdict(),
         )
+
+    def check_ids(self, ids: Tensor | None, num_tokens: int) -> None:
+        """Raise ValueError unless there is one integer id for each token where, and only where, it needs them."""
+        if (ids is None) != (self.needs_ids is None):
+            wanted = "no ids" if self.needs_ids is None else f"a {self.needs_ids} id for each token (ids=...)"
+            raise ValueError(f"{type(self).__name__} needs {wanted}")
+        if ids is not None and (ids.shape != (num_tokens,) or ids.is_floating_point() or ids.dtype == torch.bool):
+            raise ValueError(f"integer ids of shape ({num_tokens},) are needed, got {ids.dtype} {tuple(ids.shape)}")
+
+    def update(self, pool: ExpertPool, namespace: str, routing: Routing) -> None:
+        """What a router adjusts by itself after an optimizer step, from the step's routing; nothing by default."""
 
     def scored_experts(self, rows: Rows) -> Tensor | None:
         """(E,) bool: experts that have a score at all; None for all.

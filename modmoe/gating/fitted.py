@@ -175,7 +175,9 @@ class FittedRouter(Router):
         scored = torch.zeros(len(rows.ids), dtype=torch.bool, device=owner.device)
         return scored.index_fill(0, owner, True)
 
-    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def select(
+        self, logits: Tensor, allowed: Tensor | None, top_k: int | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         k = min(self.top_k if top_k is None else top_k, logits.shape[1])
         values, choices = logits.topk(k, dim=1)
         return choices, values.softmax(1), logits.softmax(1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modmoe.gating.base import Router, at_least_float32
+from modmoe.gating.capacity import Capacity
 from modmoe.growable import Init, RowSpec
 from modmoe.pool import Preserving, Rows
 
@@ -50,7 +51,9 @@ class DenseRouter(Router):
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         return F.linear(*(at_least_float32(t) for t in (x, rows["weight"], rows["bias"])))
 
-    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def select(
+        self, logits: Tensor, allowed: Tensor | None, top_k: int | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         probs = logits.softmax(1)
         return torch.arange(logits.shape[1], device=logits.device).expand_as(logits), probs, probs
 
@@ -73,6 +76,7 @@ class TopKRouter(Router):
         top_k: k; a call may use another.
         order: see above.
         renormalize: None for True with k > 1 and False with k = 1.
+        capacity: how many assignments an expert takes at most; None for no limit.
     Raises:
         ValueError: on k < 1, an unknown order, or "topk_softmax" with renormalize=False.
     Source:
@@ -85,6 +89,7 @@ class TopKRouter(Router):
         top_k: int = 2,
         order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax",
         renormalize: bool | None = None,
+        capacity: Capacity | None = None,
     ):
         super().__init__()
         if order not in ("topk_softmax", "softmax_topk"):
@@ -96,6 +101,7 @@ class TopKRouter(Router):
         self.top_k = top_k
         self.order = order
         self.renormalize = renormalize
+        self.capacity = capacity
 
     def row_specs(self) -> dict[str, RowSpec]:
         return {"weight": RowSpec((self.in_features,), Init("normal", std=GATE_STD))}
@@ -109,7 +115,7 @@ class TopKRouter(Router):
 
     @property
     def weight_sum(self) -> str:
-        return "1" if self._renormalizes(self.top_k) else "<= 1"
+        return "1" if self._renormalizes(self.top_k) and self.capacity is None else "<= 1"
 
     def num_active(self, num_experts: int) -> int:
         return min(self.top_k, num_experts)
@@ -123,7 +129,9 @@ class TopKRouter(Router):
     def score(self, x: Tensor, rows: Rows) -> Tensor:
         return F.linear(at_least_float32(x), at_least_float32(rows["weight"]))
 
-    def select(self, logits: Tensor, allowed: Tensor | None, top_k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def select(
+        self, logits: Tensor, allowed: Tensor | None, top_k: int | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         k = self.top_k if top_k is None else top_k
         probs = logits.softmax(1)
         values, choices = logits.topk(k, dim=1)
