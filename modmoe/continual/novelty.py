@@ -63,11 +63,13 @@ class NewClasses:
 
 
 class Novelty:
-    """Grow when the inputs no longer look like the current task's, whatever their labels.
+    """Grow when the data no longer look like the current task's.
 
     A Gaussian over random projections of the features is fitted to the current task as it goes on. A part of the
     stream is a breach if the mean squared Mahalanobis distance of its samples lies more than ``sigmas`` standard
-    deviations above what earlier parts of the task showed. A breach is held back; ``patience`` breaches in a row are
+    deviations above what earlier parts of the task showed, or (``new_classes``) if most of its samples are of classes
+    that the current expert has not met: the density of inputs and labels together is low there, however much the
+    inputs look alike. A breach is held back; ``patience`` breaches in a row are
     a new task, and the new expert learns what was held; fewer were a false alarm, and the current expert does. Parts
     should be of one size: a smaller one varies more. What is held when a stream ends is not learned.
 
@@ -77,6 +79,7 @@ class Novelty:
         patience: breaches in a row that make a new task.
         warmup: samples of a task that are seen before any part of it is judged.
         history: most recent parts that a part is compared with; at least 20 are waited for.
+        new_classes: see above; False looks at the inputs alone.
         seed: of the projections.
     """
 
@@ -90,6 +93,7 @@ class Novelty:
         patience: int = 2,
         warmup: int = 1000,
         history: int = 200,
+        new_classes: bool = True,
         seed: int = 0,
     ):
         if min(num_projections, patience, warmup) < 1 or sigmas <= 0 or history < self.MIN_HISTORY:
@@ -102,6 +106,7 @@ class Novelty:
         self.patience = patience
         self.warmup = warmup
         self.history = history
+        self.new_classes = new_classes
         self.seed = seed
         self._projection: Tensor | None = None
         self._start_task()
@@ -116,7 +121,7 @@ class Novelty:
     def decide(self, classifier: PoolClassifier, x: Tensor, y: Tensor) -> Decision:
         z = self._project(classifier.extract(x))
         distance = self._distance(z) if self._count >= self.warmup else None
-        if distance is not None and self._is_breach(distance):
+        if distance is not None and (self._is_breach(distance) or self._is_unmet(classifier, y)):
             self._held.append(z)
             if len(self._held) < self.patience:
                 return "hold"
@@ -150,6 +155,13 @@ class Novelty:
     def _is_breach(self, distance: float) -> bool:
         enough = len(self._seen) >= self.MIN_HISTORY
         return enough and distance > fmean(self._seen) + self.sigmas * stdev(self._seen)
+
+    def _is_unmet(self, classifier: PoolClassifier, y: Tensor) -> bool:
+        """Whether the current expert has not met the classes of most samples."""
+        if not self.new_classes:
+            return False
+        met = torch.tensor(classifier.classes_of().get(classifier.training_id, []), device=y.device)
+        return bool((~torch.isin(y, met)).double().mean() > 0.5)
 
     def _project(self, features: Tensor) -> Tensor:
         features = features.double().cpu()

@@ -1,5 +1,7 @@
 """Online streams: parts of an experience, with and without task boundaries, and parts that are held back."""
 
+import dataclasses
+
 import pytest
 import torch
 from avalanche.benchmarks.scenarios.online import split_online_stream
@@ -100,8 +102,8 @@ def novelty_stream(blobs, num_tasks=2):
     return tasks, to_online(tasks, 10)
 
 
-def make_novel(strategy_of, **options):
-    rule = Novelty(num_projections=4, warmup=30)
+def make_novel(strategy_of, new_classes=False, **options):
+    rule = Novelty(num_projections=4, warmup=30, new_classes=new_classes)
     return make(strategy_of, epochs=2, batch_size=10, growth=rule, **options)
 
 
@@ -118,6 +120,21 @@ def test_novelty_finds_the_task_and_the_held_data_are_learned(blobs, strategy_of
     counts = [model.pool.expert_state(i)["gate.count"].sum().item() for i in (0, 1)]
     assert counts == [240, 240]
     assert accuracy(model, tasks) == 1.0
+
+
+def test_novelty_sees_new_classes_among_inputs_that_look_alike(blobs, strategy_of):
+    tasks, _ = novelty_stream(blobs)
+    alike = [dataclasses.replace(tasks[0], train_y=tasks[0].train_y + 2 * i) for i in range(2)]
+    for new_classes, experts in ((True, 2), (False, 1)):
+        model, strategy = make_novel(strategy_of, new_classes=new_classes)
+        strategy.train(to_online(alike, 10))
+        assert model.pool.num_experts == experts
+    # one odd sample in a part of known classes is no breach: half of a part is asked for
+    odd = dataclasses.replace(tasks[0], train_y=torch.where(torch.arange(240) % 10 == 0, 3, tasks[0].train_y))
+    model, strategy = make_novel(strategy_of, new_classes=True)
+    strategy.train(to_online([tasks[0], odd], 10))
+    assert model.pool.num_experts == 1
+    assert model.classes_of() == {0: [0, 1, 3]}
 
 
 def test_a_held_part_changes_nothing_and_a_false_alarm_is_learned_by_the_current_expert(blobs, strategy_of):
