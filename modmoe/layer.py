@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from modmoe.gating.base import Router
 from modmoe.gating.fitted import FittedRouter
+from modmoe.kernels.blended import run_blended
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
-from modmoe.pool import ExpertPool, Task
-from modmoe.routing import Routing
+from modmoe.pool import ExpertPool, Group, Task
+from modmoe.routing import MergedRouting, Routing, SlotRouting
 
 
 class MoELayer(nn.Module):
@@ -85,7 +86,10 @@ class MoELayer(nn.Module):
             NonFiniteError: on a non-finite input or score.
         """
         routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
-        y = combine(self.compute(x, routing), routing)
+        if isinstance(routing, SlotRouting | MergedRouting):
+            y = run_blended(*self._kernel_inputs(x, routing), self.pool.expert, routing, self.backend)
+        else:
+            y = combine(self.compute(x, routing), routing)
         y = y.view(*x.shape[:-1], y.shape[1])
         if self.shared_expert is not None:
             # zeros go in as well: a NaN in padding would reach the gradients as 0 * NaN
@@ -122,7 +126,15 @@ class MoELayer(nn.Module):
         return routing
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
-        """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped."""
+        """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped.
+
+        Slots and merged experts are no sum of these: of them, forward alone gives the output.
+        """
+        flat, groups = self._kernel_inputs(x, routing)
+        return compute_assignments(groups, self.pool.expert, flat, routing, self.backend)
+
+    def _kernel_inputs(self, x: Tensor, routing: Routing) -> tuple[Tensor, list[Group]]:
+        """(T, D) tokens, zero in padding, and the groups of experts, in the dtype that kernels compute in."""
         self._check_dtype(x)
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != routing.num_tokens or self.pool.num_experts != routing.num_experts:
@@ -137,7 +149,7 @@ class MoELayer(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             flat = flat.to(dtype)
             groups = [group.to(dtype) for group in groups]
-        return compute_assignments(groups, self.pool.expert, flat, routing, self.backend)
+        return flat, groups
 
     def _check_dtype(self, x: Tensor) -> None:
         rows = self.pool.namespace("expert")
@@ -220,7 +232,7 @@ class MoELayer(nn.Module):
 
     def _keep(self, routing: Routing) -> None:
         self._routing = routing
-        if torch.compiler.is_compiling() or not routing.logits.requires_grad:
+        if torch.compiler.is_compiling() or not routing.source.requires_grad:
             return
         layer = weakref.ref(self)
 
@@ -230,7 +242,7 @@ class MoELayer(nn.Module):
                 owner._routing = owner._routing.detach() if owner._routing is not None else None
 
         routing_ref = weakref.ref(routing)
-        routing.logits.register_hook(release)
+        routing.source.register_hook(release)
 
     def __getstate__(self) -> dict:
         # tensors with a graph cannot be copied, and a checkpoint has no use for the last batch

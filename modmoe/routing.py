@@ -105,6 +105,11 @@ class Routing:
         flat = weight.new_zeros(self.num_tokens * self.num_experts).index_add(0, position, weight)
         return flat.view(self.num_tokens, self.num_experts)
 
+    @property
+    def source(self) -> Tensor:
+        """A tensor that every gradient from the layer's output to the router passes through."""
+        return self.logits
+
     def detach(self) -> "Routing":
         """The same record without its autograd graph."""
         tensors = {
@@ -113,3 +118,43 @@ class Routing:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, **tensors)
+
+
+@dataclass(eq=False, kw_only=True)
+class SlotRouting(Routing):
+    """Experts compute mixtures of tokens, and tokens mix the results.
+
+    slot_bep = sum_s dispatch_bsep x_bs and y_bs = sum_ep combine_bsep f_e(slot_bep), for T = B S tokens in B
+    sequences and P slots of each expert. The triples hold the sum over an expert's slots of the combine weights.
+
+    Args:
+        dispatch: (B, S, E, P) float, adding up to 1 over S; 0 in padding and where an expert is closed.
+        combine: (B, S, E, P) float, adding up to 1 over E and P; 0 in padding and where an expert is closed.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
+
+    @property
+    def source(self) -> Tensor:
+        return self.dispatch
+
+
+@dataclass(eq=False, kw_only=True)
+class MergedRouting(Routing):
+    """Tokens are computed by merged experts.
+
+    y_t = f(x_t; theta) with theta = sum_e merge_weight_me theta_e for the merge m = merge_index_t. The triples repeat
+    the merge's weights for each of its tokens.
+
+    Args:
+        merge_weight: (M, E) float, adding up to 1 over E.
+        merge_index: (T,) int64 in [0, M), or -1 for padding.
+    """
+
+    merge_weight: Tensor
+    merge_index: Tensor
+
+    @property
+    def source(self) -> Tensor:
+        return self.merge_weight

@@ -25,7 +25,7 @@ CORE_ORDER = [
     ["pool"],
     ["kernels", "gating"],
     ["layer"],
-    ["optim", "growth", "checkpoint"],
+    ["optim", "growth", "checkpoint", "attention", "lora", "segmentation"],
 ]
 
 # Rule 2. Extensions import the core; plugins import the core, extensions and their own host; joiners anything.

@@ -1,4 +1,4 @@
-"""How far experts specialise in tasks, from pairs (task of a sample, expert that handled it)."""
+"""How far experts specialise: in tasks, from pairs (task of a sample, expert that handled it), and in tokens."""
 
 from collections.abc import Mapping
 
@@ -85,6 +85,56 @@ def assignment_accuracy(
         raise ValueError(f"experts {unowned} have no owner")
     owners = torch.tensor([int(owner[expert]) for expert in used.tolist()])
     return float((owners[position] == tasks).to(torch.float64).mean())
+
+
+def token_entropy(probs: Tensor, mask: Tensor | None = None) -> float:
+    """Measure how undecided the router is: mean over tokens of H(p_t) = -sum_e p_te log p_te, in nats.
+
+    Args:
+        probs: (T, E) float, each real token's row a distribution.
+        mask: (T,) bool, True for real tokens; None means all.
+    Returns:
+        A number in [0, log E].
+    Raises:
+        ValueError: if no token is real, or a real token's row is negative somewhere or does not sum to 1.
+    """
+    return float(torch.special.entr(_real_rows(probs, mask)).sum(1).mean())
+
+
+def mean_entropy(probs: Tensor, mask: Tensor | None = None) -> float:
+    """Measure how evenly the tokens together use the experts: H(mean_t p_t), in nats; log E where it is perfect.
+
+    Args, returns and raises as :func:`token_entropy`.
+    """
+    return _entropy(_real_rows(probs, mask).mean(0))
+
+
+def token_expert_information(probs: Tensor, mask: Tensor | None = None) -> float:
+    """Measure what the token tells about its expert: MI = H(mean_t p_t) - mean_t H(p_t), in nats.
+
+    It is high where each token is sure of its expert and all experts are used.
+
+    Args, returns and raises as :func:`token_entropy`.
+    """
+    return max(0.0, mean_entropy(probs, mask) - token_entropy(probs, mask))  # rounding may leave it just below 0
+
+
+def _real_rows(probs: Tensor, mask: Tensor | None) -> Tensor:
+    """(number of real tokens, E) float64."""
+    if probs.ndim != 2:
+        raise ValueError(f"probs must be (num_tokens, num_experts), got shape {tuple(probs.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != probs.shape[:1]):
+        raise ValueError(
+            f"a bool mask of shape {tuple(probs.shape[:1])} is needed, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    rows = probs.detach().to(torch.float64)
+    rows = rows if mask is None else rows[mask]
+    if rows.numel() == 0:
+        raise ValueError("probs has no real token")
+    # Written so that NaN fails too; 1e-2 lets bfloat16 probabilities pass.
+    if not bool(((rows >= 0).all(1) & ((rows.sum(1) - 1).abs() <= 1e-2)).all()):
+        raise ValueError("each row of probs must be non-negative and sum to 1")
+    return rows
 
 
 def _entropy(probabilities: Tensor) -> float:

@@ -1,13 +1,19 @@
-"""Write what a method gave for one seed as TensorBoard events."""
+"""Write TensorBoard events: what a method gave for one seed, and how evenly a layer uses its experts."""
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from modmoe.analysis.records import Matrix, MethodRecord
+from modmoe.analysis.usage import usage_metrics
 from modmoe.hosts import import_host
+from modmoe.routing import Routing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 
 def write_events(directory: str | Path, record: MethodRecord) -> None:
@@ -36,6 +42,24 @@ def write_events(directory: str | Path, record: MethodRecord) -> None:
         for title, matrix in record.matrices.items():
             if matrix.values.size:
                 writer.add_figure(title, _figure(title, matrix), global_step=0, close=True)
+
+
+def write_usage(
+    writer: "SummaryWriter", routing: Routing, step: int, tag: str = "usage", tasks: Tensor | None = None
+) -> None:
+    """Write the numbers of :func:`modmoe.analysis.usage_metrics` as scalars ``<tag>/<metric>``.
+
+    Args:
+        writer: where to; it is left open.
+        routing: of one layer.
+        step: of the training.
+        tag: one for each layer.
+        tasks: see usage_metrics.
+    Raises:
+        ValueError: as usage_metrics.
+    """
+    for name, number in usage_metrics(routing, tasks).items():
+        writer.add_scalar(f"{tag}/{name}", number, global_step=step)
 
 
 def _figure(title: str, matrix: Matrix) -> Any:

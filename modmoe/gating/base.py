@@ -42,12 +42,15 @@ class Router(nn.Module, ABC):
         shared_parts: names of its own parameters that all experts share; ``freeze()`` without ids freezes them too.
         in_features: size of the input.
         capacity: the limit of each expert's load; None for none.
+        separate_scores: True if an expert's score depends on its own rows and the shared parts only, so that no growth
+            changes it; False if only the experts that are open together with it may change it.
     """
 
     scope: ClassVar[Literal["token", "sequence", "batch"]] = "token"
     causal: ClassVar[bool] = True
     needs_ids: ClassVar[Literal["token", "domain"] | None] = None
     shared_parts: ClassVar[tuple[str, ...]] = ()
+    separate_scores: ClassVar[bool] = True
     in_features: int
     capacity: Capacity | None = None
 
@@ -63,7 +66,7 @@ class Router(nn.Module, ABC):
     @property
     @abstractmethod
     def weight_sum(self) -> str:
-        """What each token's weights add up to: "1" or "<= 1"."""
+        """What each token's weights add up to: "1", "<= 1", or "any" where they may add up to more."""
 
     @abstractmethod
     def num_active(self, num_experts: int) -> int:
@@ -79,6 +82,10 @@ class Router(nn.Module, ABC):
     def scores(self, x: Tensor, rows: Rows, ids: Tensor | None) -> Tensor:
         """Raw scores (T, E) where a router reads ids (T,) int64 as well; others only :meth:`score`."""
         return self.score(x, rows)
+
+    def scores_among(self, x: Tensor, rows: Rows, ids: Tensor | None, open_experts: Tensor | None) -> Tensor:
+        """Raw scores (T, E) where they depend on which experts are open, (E,) or (T, E); others only :meth:`scores`."""
+        return self.scores(x, rows, ids)
 
     def jitter(self, x: Tensor) -> Tensor:
         """What is scored in place of x (T, D), in training only; the experts see x itself."""
@@ -103,6 +110,16 @@ class Router(nn.Module, ABC):
             expert positions (T, K), weights (T, K), probs (T, E).
         """
 
+    def declined(self, weights: Tensor, allowed: Tensor | None, rows: Rows) -> Tensor | None:
+        """(T, K) bool: choices that are given up at once and take no room of any capacity; None for none.
+
+        Args:
+            weights: (T, K) of the chosen experts, the best first.
+            allowed: (T, E) bool or None for all.
+            rows: this router's rows.
+        """
+        return None
+
     def assign(
         self, logits: Tensor, allowed: Tensor | None, mask: Tensor | None, top_k: int | None, rows: Rows
     ) -> Assignment:
@@ -122,6 +139,9 @@ class Router(nn.Module, ABC):
             kept = allowed.gather(1, choices)
         if mask is not None:
             kept = mask.unsqueeze(1).expand_as(choices) if kept is None else kept & mask.unsqueeze(1)
+        declined = self.declined(weights, allowed, rows)
+        if declined is not None:
+            kept = ~declined if kept is None else kept & ~declined
         if kept is not None:
             choices = choices.masked_fill(~kept, -1)
         requested = None
@@ -173,7 +193,7 @@ class Router(nn.Module, ABC):
         self.check_pool(num_experts, top_k)
         self.check_ids(ids, num_tokens)
         with torch.autocast(x.device.type, enabled=False):  # it would score in half precision
-            logits = self.scores(self.jitter(x) if self.training else x, rows, ids)
+            logits = self.scores_among(self.jitter(x) if self.training else x, rows, ids, open_experts)
             noisy = self.add_noise(logits, x, rows) if self.training else None
         ranked = logits if noisy is None else noisy.logits
         scored = self.scored_experts(rows)
@@ -233,6 +253,29 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def adjustable_experts(pool: ExpertPool, routing: Routing) -> Tensor:
+    """(E,) bool: the experts that :meth:`Router.update` may adjust: live, and open to at least one real token.
+
+    Raises:
+        ValueError: if the pool has grown since the routing.
+    """
+    if routing.num_experts != pool.num_experts:
+        raise ValueError(
+            f"the routing is of {routing.num_experts} experts, the pool has {pool.num_experts}: "
+            "update the router before the pool grows"
+        )
+    live = [not pool.record(expert_id).frozen for expert_id in pool.ids]
+    return torch.tensor(live, device=routing.logits.device) & open_pairs(routing).any(0)
+
+
+def open_pairs(routing: Routing) -> Tensor:
+    """(T, E) bool: the experts that were open to each real token; none to padding."""
+    pairs = torch.ones(routing.num_tokens, routing.num_experts, dtype=torch.bool, device=routing.logits.device)
+    if routing.open_experts is not None:
+        pairs = pairs & routing.open_experts
+    return pairs if routing.mask is None else pairs & routing.mask.unsqueeze(1)
+
+
 def check_scores(x: Tensor, logits: Tensor, allowed: Tensor | None, mask: Tensor | None) -> None:
     """Raise on non-finite scores or on a real token without an open expert; asynchronous where a sync would hurt.
 
@@ -255,3 +298,11 @@ def check_scores(x: Tensor, logits: Tensor, allowed: Tensor | None, mask: Tensor
     if not served.all():
         token = int((~served).nonzero()[0])
         raise ValueError(f"every expert is masked for token {token} of {x.shape[0]}")
+
+
+def require_served(served: Tensor, why: str) -> None:
+    """Raise ValueError(why) unless each token (T,) is served; asynchronous where a sync would hurt."""
+    if torch.compiler.is_compiling() or served.is_cuda:
+        torch.ops.aten._assert_async.msg(served.all(), why)
+    elif not served.all():
+        raise ValueError(f"{why}: token {int((~served).nonzero()[0])} of {len(served)}")

@@ -55,18 +55,25 @@ def compute_assignments(
         if partial and eager:  # only this group's assignments; a compiled graph needs static sizes and keeps all
             part = (local >= 0).nonzero().squeeze(1)
             token, local = token.index_select(0, part), local.index_select(0, part)
-        name = backend if backend != "auto" else choose_backend(expert, len(group.ids), x.shape[0], x.dtype, x.device)
-        if name == "dense":
-            y = run_dense(expert, group.tensors, x, token, local)
-        else:
-            run = {"reference": run_reference, "bmm": run_bmm, "grouped": run_grouped}[name]
-            y = run(expert, group.tensors, x.index_select(0, token), local)
+        y = run_backend(backend, expert, group.tensors, x, token, local)
         parts.append((part, y))
     first_part, first = parts[0]
     if first_part is None:
         return torch.stack([y for _, y in parts]).sum(0) if len(parts) > 1 else first
     outputs = first.new_zeros(routing.token_index.shape[0], first.shape[1])
     return outputs.index_copy(0, torch.cat([part for part, _ in parts]), torch.cat([y for _, y in parts]))
+
+
+def run_backend(
+    backend: str, expert: Expert, tensors: dict[str, Tensor], x: Tensor, token: Tensor, local: Tensor
+) -> Tensor:
+    """One group's assignments by a backend, "auto" included; arguments as :func:`modmoe.kernels.batched.run_dense`."""
+    num_experts = next(iter(tensors.values())).shape[0]
+    name = backend if backend != "auto" else choose_backend(expert, num_experts, x.shape[0], x.dtype, x.device)
+    if name == "dense":
+        return run_dense(expert, tensors, x, token, local)
+    run = {"reference": run_reference, "bmm": run_bmm, "grouped": run_grouped}[name]
+    return run(expert, tensors, x.index_select(0, token), local)
 
 
 def combine(outputs: Tensor, routing: Routing) -> Tensor:

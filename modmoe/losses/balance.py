@@ -1,9 +1,13 @@
 """Keep experts evenly used."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-from modmoe.losses.z import real_tokens, require
+from modmoe.losses.z import counted_experts, real_tokens, require
+
+Convention = Literal["switch", "gshard", "mixtral"]
 
 
 def load_balancing_loss(
@@ -11,10 +15,15 @@ def load_balancing_loss(
     expert_index: Tensor,
     mask: Tensor | None = None,
     open_experts: Tensor | None = None,
+    convention: Convention = "switch",
 ) -> Tensor:
     """Penalise an uneven use of the open experts: 1 when uniform, up to E when one expert takes everything.
 
     L = E sum_i f_i P_i
+
+    The other conventions differ by a factor: "gshard" is the mean of f_i P_i over experts, L / E^2; "mixtral" lets f
+    sum to K, which gives K L. Of several layers, add up the losses: concatenated, layers that favour different experts
+    hide each other's imbalance.
 
     Everything runs over the open experts only. E is their number; f_i is expert i's share of the assignments
     to open experts (T K of them where nothing is dropped or closed); P_i is the mean over tokens of the
@@ -29,14 +38,17 @@ def load_balancing_loss(
         mask: (T,) bool, True for real tokens; None means all.
         open_experts: (E,) bool, the experts that the loss runs over (leave out frozen and task-masked ones);
             None means all.
+        convention: see above; GShard itself gives the first choices only, (T,).
     Returns:
         () float, at least float32; zero, with a zero gradient, if no assignment goes to an open expert.
     Raises:
-        ValueError: if the shapes do not match, an index is E or more, or no token is real.
+        ValueError: if the shapes do not match, an index is E or more, no token is real, or on an unknown convention.
     Source:
-        Switch Transformers, Fedus et al. 2021, equations 4 to 6, where k = 1. For k > 1 Mixtral lets f sum to
-        k, so that uniform gives k; here f sums to 1, so that uniform gives 1 for every k.
+        Switch Transformers, Fedus et al. 2021, equations 4 to 6, where k = 1; for k > 1 f sums to 1 here, so that
+        uniform gives 1 for every k. Lepikhin et al. 2020 (GShard), algorithm 1; Jiang et al. 2024 (Mixtral).
     """
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention is one of {get_args(Convention)}, got '{convention}'")
     real = real_tokens(probs, mask)
     num_tokens, num_experts = probs.shape
     if expert_index.dim() == 1:
@@ -44,12 +56,7 @@ def load_balancing_loss(
     if expert_index.dim() != 2 or len(expert_index) != num_tokens:
         raise ValueError(f"expert_index must be ({num_tokens}, K), got {tuple(expert_index.shape)}")
     require((expert_index < num_experts).all(), f"expert_index must stay below E = {num_experts}")
-    if open_experts is None:
-        open_experts = probs.new_ones(num_experts, dtype=torch.bool)
-    if open_experts.shape != (num_experts,) or open_experts.dtype != torch.bool:
-        raise ValueError(
-            f"open_experts must be bool of shape ({num_experts},), got {open_experts.dtype} {tuple(open_experts.shape)}"
-        )
+    open_experts = counted_experts(probs, open_experts)
 
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     # masked_fill and not a product, so that a nan in padding stays out of the sums and the gradients.
@@ -64,4 +71,6 @@ def load_balancing_loss(
     slots = torch.where(counted[:, None] & (expert_index >= 0), expert_index, num_experts).flatten()
     load = probs.new_zeros(num_experts + 1).index_add(0, slots, probs.new_ones(slots.shape))[:-1] * open_experts
     fraction = load / load.sum().clamp(min=1)
-    return open_experts.sum() * (fraction * mean_probs).sum()
+    num_open = open_experts.sum()
+    factor = {"switch": num_open, "gshard": 1 / num_open.clamp(min=1), "mixtral": num_open * expert_index.shape[1]}
+    return factor[convention] * (fraction * mean_probs).sum()

@@ -41,6 +41,18 @@ def real_tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
+def counted_experts(scores: Tensor, open_experts: Tensor | None) -> Tensor:
+    """(E,) bool, True for the experts that a loss over scores (T, E) runs over; ValueError if shapes differ."""
+    num_experts = scores.shape[1]
+    if open_experts is None:
+        return scores.new_ones(num_experts, dtype=torch.bool)
+    if open_experts.shape != (num_experts,) or open_experts.dtype != torch.bool:
+        raise ValueError(
+            f"open_experts must be bool of shape ({num_experts},), got {open_experts.dtype} {tuple(open_experts.shape)}"
+        )
+    return open_experts
+
+
 def require(condition: Tensor, message: str) -> None:
     """Raise ValueError unless the () bool holds; on CUDA and when compiled, assert unread."""
     if condition.is_cuda or torch.compiler.is_compiling():

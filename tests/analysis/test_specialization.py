@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from modmoe.analysis.specialization import assignment_accuracy, joint_distribution, mutual_information
+from modmoe.analysis.specialization import (
+    assignment_accuracy,
+    joint_distribution,
+    mean_entropy,
+    mutual_information,
+    token_entropy,
+    token_expert_information,
+)
 
 
 def test_joint_distribution_counts_pairs():
@@ -98,3 +105,54 @@ def test_assignment_accuracy_refuses():
         assignment_accuracy(tasks, torch.tensor([0, -1]), {0: 0})
     with pytest.raises(ValueError, match="owner must be 1-D"):
         assignment_accuracy(tasks, experts, torch.zeros(2, 2, dtype=torch.int64))
+
+
+# Its softmax rows' entropies: 0.832396 twice (the second row is the first less 1), 0.665573 and 1.068445.
+LOGITS = torch.tensor([[2.0, 1.0, 0.0], [1.0, 0.0, -1.0], [0.0, 2.0, 0.0], [1.0, 1.5, 1.0]])
+
+
+def test_entropies_by_hand():
+    # (1, 0): 0; (1/2, 1/2): ln 2; their mean is (3/4, 1/4): .75 ln(4/3) + .25 ln 4 = 0.215762 + 0.346574
+    probs = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    assert token_entropy(probs) == pytest.approx(math.log(2) / 2)
+    assert mean_entropy(probs) == pytest.approx(0.562335, abs=1e-6)
+    assert token_expert_information(probs) == pytest.approx(0.562335 - 0.346574, abs=1e-6)
+
+
+def test_entropies_of_the_fixture():
+    probs = LOGITS.softmax(1)
+    assert token_entropy(probs) == pytest.approx(0.849702, abs=1e-5)
+    assert mean_entropy(probs) == pytest.approx(1.001238, abs=1e-5)
+    assert token_expert_information(probs) == pytest.approx(0.151535, abs=1e-5)
+
+
+@pytest.mark.parametrize("measure", [token_entropy, mean_entropy, token_expert_information])
+def test_padding_does_not_count(measure):
+    probs = LOGITS.softmax(1)
+    padded = torch.cat([probs[:2], torch.full((1, 3), torch.nan), probs[2:]])
+    mask = torch.tensor([True, True, False, True, True])
+    assert measure(padded, mask) == pytest.approx(measure(probs), abs=1e-12)
+    assert measure(probs.bfloat16()) == pytest.approx(measure(probs), abs=1e-2)
+
+
+def test_tokens_that_are_sure_of_different_experts_tell_everything():
+    assert token_expert_information(torch.eye(3)) == pytest.approx(math.log(3))
+    assert token_expert_information(torch.full((5, 3), 1 / 3)) == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("measure", [token_entropy, mean_entropy, token_expert_information])
+@pytest.mark.parametrize(
+    ("probs", "mask", "message"),
+    [
+        ([0.5, 0.5], None, r"got shape \(2,\)"),
+        ([[0.5, 0.5]], [False], "no real token"),
+        ([[0.5, 0.5]], [True, True], r"bool mask of shape \(1,\)"),
+        ([[0.5, 0.5]], [1], "is needed, got torch.int64"),
+        ([[1.5, -0.5]], None, "non-negative and sum to 1"),
+        ([[0.5, 0.4]], None, "non-negative and sum to 1"),
+        ([[math.nan, 0.5]], None, "non-negative and sum to 1"),
+    ],
+)
+def test_entropies_refuse(measure, probs, mask, message):
+    with pytest.raises(ValueError, match=message):
+        measure(torch.tensor(probs), None if mask is None else torch.tensor(mask))

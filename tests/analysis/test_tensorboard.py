@@ -4,11 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modmoe.analysis.records import Matrix, MethodRecord
-from modmoe.analysis.tensorboard import write_events
+from modmoe.analysis.tensorboard import write_events, write_usage
 from modmoe.errors import MissingExtraError
+from modmoe.routing import Routing
 
 
 def heat_map() -> Matrix:
@@ -40,6 +42,21 @@ def test_what_is_written_can_be_read_back(tmp_path):
     (image,) = read.Images("accuracy")
     # 3 columns give 2 + 0.6 * 3 = 3.8 inches at 100 dots each, 1 row 1.6 + 0.5 = 2.1 inches
     assert (image.width, image.height) == (380, 210)
+
+
+def test_usage_can_be_read_back(tmp_path):
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    routing = Routing.assigned(torch.tensor([0, 0, 1, 0]), 2)
+    with SummaryWriter(log_dir=str(tmp_path)) as writer:
+        write_usage(writer, routing, step=3)
+        write_usage(writer, routing, step=5, tag="block_1", tasks=torch.tensor([0, 0, 1, 0]))
+    read = events(tmp_path)
+    # three of four to one of two experts: 3 / 2 - 1
+    assert [(e.step, e.value) for e in read.Scalars("usage/max_violation")] == [(3, 0.5)]
+    assert [(e.step, e.value) for e in read.Scalars("block_1/max_violation")] == [(5, 0.5)]
+    assert "usage/task_expert_information" not in read.Tags()["scalars"]
+    assert "block_1/task_expert_information" in read.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,31 @@ from torch.testing import assert_close
 
 import modmoe.gating
 from modmoe import (
+    AttentionRouter,
+    BaseAssignmentRouter,
+    CosineRouter,
+    DeepSeekV2Router,
+    DeepSeekV3Router,
     DenseRouter,
+    DomainRouter,
+    ExpertChoiceRouter,
     ExpertPool,
     GaussianRouter,
+    GroupedRandomRouter,
+    GShardRouter,
+    HashRouter,
+    LoryRouter,
     MLPExpert,
     MoELayer,
+    NoisyTopKRouter,
     NonFiniteError,
     PrototypeRouter,
+    ReLURouter,
     Router,
+    Routing,
+    SmearRouter,
+    SoftRouter,
+    SwitchRouter,
     TopKRouter,
 )
 from modmoe.gating.autoencoder import AutoencoderRouter
@@ -45,7 +62,27 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     ),
     "learned": lambda: LearnedRouter(D, GaussianRouter(D), hidden_features=8, max_epochs=10),
     "learned, top-2": lambda: LearnedRouter(D, PPCARouter(D, components=1, rank=2), 8, max_epochs=5, top_k=2),
+    "expert choice": lambda: ExpertChoiceRouter(D),
+    "base": lambda: BaseAssignmentRouter(D),
+    "hash": lambda: HashRouter(D),
+    "domain": lambda: DomainRouter(D),
+    "grouped random": lambda: GroupedRandomRouter(D, num_groups=2, vocab_size=1000),
+    "soft": lambda: SoftRouter(D, slots=2),
+    "smear": lambda: SmearRouter(D),
+    "lory": lambda: LoryRouter(D, segment_length=2),
+    "noisy top-1": lambda: NoisyTopKRouter(D, 1),
+    "noisy top-2": lambda: NoisyTopKRouter(D, 2),
+    "switch": lambda: SwitchRouter(D),
+    "gshard": lambda: GShardRouter(D),
+    "deepseek-v2": lambda: DeepSeekV2Router(D, 2, num_groups=2),
+    "deepseek-v3": lambda: DeepSeekV3Router(D, 2, num_groups=3, top_groups=2),
+    "deepseek-v3, one group of unequal two": lambda: DeepSeekV3Router(D, 2, num_groups=2, routed_scaling=2.5),
+    "cosine": lambda: CosineRouter(D),
+    "attention": lambda: AttentionRouter(D, 2),
+    "relu": lambda: ReLURouter(D, 2),
 }
+
+DRAWS = (NoisyTopKRouter, SwitchRouter, GShardRouter)  # at random, in training
 
 pytestmark = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS.keys())
 
@@ -74,7 +111,47 @@ def layer_of(make: Callable[[], Router], seed: int = 0) -> MoELayer:
     layer = MoELayer(ExpertPool(MLPExpert(D, 4), 3), make())
     for expert_id in range(3):
         observe(layer, expert_id)
+    if isinstance(layer.router, NoisyTopKRouter):  # its rows start at zero: nothing to tell tokens by
+        for parameter in layer.pool.rows[layer.namespace].parameters():
+            torch.nn.init.normal_(parameter)
     return layer
+
+
+def quiet(layer: MoELayer) -> MoELayer:
+    """The layer in a state in which it routes alike twice."""
+    return layer.eval() if isinstance(layer.router, DRAWS) else layer
+
+
+def ids_of(layer: MoELayer, x: Tensor) -> Tensor | None:
+    """Ids (...) that follow from x (..., D): domains 0 and 2, or token ids below 1000 (of a group: the first)."""
+    if layer.router.needs_ids is None:
+        return None
+    ids = (1e4 * x[..., 0].float().nan_to_num()).long()
+    return 2 * (ids % 2) if layer.router.needs_ids == "domain" else ids % 1000
+
+
+def route(layer: MoELayer, x: Tensor, **options) -> Routing:
+    """``layer.route`` with ids where they are needed."""
+    return layer.route(x, ids=ids_of(layer, x), **options)
+
+
+def own_score(layer: MoELayer, expert_id: int, x: Tensor) -> Tensor:
+    """One expert's score for every x, from its own rows alone."""
+    if layer.router.needs_ids is None:
+        return layer.expert_score(expert_id, x)
+    return layer.router.scores(x, layer.pool.namespace(layer.namespace, [expert_id]), ids_of(layer, x)).squeeze(1)
+
+
+def check_number_of_choices(layer: MoELayer, routing: Routing) -> None:
+    """Tokens that choose have K experts each, or any number; experts that choose share the tokens evenly."""
+    if isinstance(layer.router, ReLURouter):
+        assert routing.top_k == 3
+        assert torch.equal(routing.choices >= 0, routing.weight.view_as(routing.choices) > 0)
+    elif routing.top_k is not None:
+        assert routing.choices.shape == (routing.num_tokens, layer.router.num_active(3))
+    else:
+        assert layer.router.scope == "batch"
+        assert len(routing.load.unique()) <= 1
 
 
 def test_every_router_class_is_here(make: Callable[[], Router]):
@@ -86,7 +163,7 @@ def test_every_router_class_is_here(make: Callable[[], Router]):
 def test_what_it_declares(make: Callable[[], Router]):
     router = make()
     assert router.scope in ("token", "sequence", "batch")
-    assert router.weight_sum in ("1", "<= 1")
+    assert router.weight_sum in ("1", "<= 1", "any")
     assert router.in_features == D
     assert 1 <= router.num_active(3) <= 3
     assert set(router.shared_parts) <= {name for name, _ in (*router.named_parameters(), *router.named_buffers())}
@@ -94,30 +171,32 @@ def test_what_it_declares(make: Callable[[], Router]):
 
 def test_equal_seeds_route_equally(make: Callable[[], Router]):
     x = data()[0]
-    first, again = layer_of(make).route(x), layer_of(make).route(x)
+    first, again = route(layer_of(make), x), route(layer_of(make), x)
     assert torch.equal(first.logits, again.logits)
-    assert torch.equal(first.choices, again.choices)
+    assert torch.equal(first.expert_index, again.expert_index)
     assert torch.equal(first.weight, again.weight)
 
 
 def test_weights_add_up_as_declared(make: Callable[[], Router]):
     layer = layer_of(make)
-    routing = layer.route(data()[0])
+    routing = route(layer, data()[0])
     total = routing.matrix().sum(1)
     if layer.router.weight_sum == "1":
         assert_close(total, torch.ones_like(total))
-    else:
+    elif layer.router.weight_sum == "<= 1":
         assert total.max() <= 1 + 1e-6
-    assert routing.choices.shape[1] == layer.router.num_active(3)
+    check_number_of_choices(layer, routing)
     assert routing.weight.min() >= 0
     assert_close(routing.probs.sum(1), torch.ones_like(total))
 
 
 def test_a_token_does_not_depend_on_its_batch(make: Callable[[], Router]):
-    layer, x = layer_of(make), data()[0][::4]
-    together = layer.route(x).logits
-    alone = torch.cat([layer.route(token).logits for token in x.split(1)])
-    reversed_order = layer.route(x.flip(0)).logits.flip(0)
+    layer, x = quiet(layer_of(make)), data()[0][::4]
+    if layer.router.scope == "sequence":
+        x = x.unsqueeze(1)  # then it is sequences of one token that do not meet
+    together = route(layer, x).logits
+    alone = torch.cat([route(layer, token).logits for token in x.split(1)])
+    reversed_order = route(layer, x.flip(0)).logits.flip(0)
     assert (alone - together).abs().max() <= 1e-6 * together.abs().max()
     assert (reversed_order - together).abs().max() <= 1e-6 * together.abs().max()
 
@@ -125,45 +204,46 @@ def test_a_token_does_not_depend_on_its_batch(make: Callable[[], Router]):
 def test_eval_is_deterministic_and_changes_nothing(make: Callable[[], Router]):
     layer, x = layer_of(make).eval(), data()[0]
     before = copy.deepcopy(layer.state_dict())
-    first = layer.route(x)
-    assert torch.equal(layer.route(x).logits, first.logits)
+    first = route(layer, x)
+    assert torch.equal(route(layer, x).logits, first.logits)
     assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_few_tokens(make: Callable[[], Router], num_tokens: int):
     layer, x = layer_of(make), data()[0][:num_tokens]
-    routing = layer.route(x)
+    routing = route(layer, x)
     assert routing.logits.shape == (num_tokens, 3)
-    assert routing.choices.shape == (num_tokens, layer.router.num_active(3))
-    assert layer(x).shape == (num_tokens, D)
+    check_number_of_choices(layer, routing)
+    assert layer(x, ids=ids_of(layer, x)).shape == (num_tokens, D)
 
 
 def test_save_and_load(make: Callable[[], Router]):
-    layer, x = layer_of(make), data()[0]
+    layer, x = quiet(layer_of(make)), data()[0]
     layer.freeze([0])
     loaded = MoELayer(ExpertPool(MLPExpert(D, 4), 1 if layer.router.num_active(9) == 1 else 2), make())
-    loaded.load_state_dict(layer.state_dict())
+    quiet(loaded).load_state_dict(layer.state_dict())
     assert loaded.pool.ids == (0, 1, 2)
     assert loaded.pool.frozen_ids == (0,)
-    assert torch.equal(loaded.route(x).logits, layer.route(x).logits)
-    assert torch.equal(loaded.route(x).choices, layer.route(x).choices)
+    assert torch.equal(route(loaded, x).logits, route(layer, x).logits)
+    assert torch.equal(route(loaded, x).expert_index, route(layer, x).expert_index)
 
 
 def test_growth_leaves_frozen_scores_and_rows(make: Callable[[], Router]):
-    layer, x = layer_of(make), data()[0]
+    layer, x = quiet(layer_of(make)), data()[0]
     layer.freeze([0, 1, 2])
     rows = [layer.pool.expert_state(expert_id) for expert_id in range(3)]
-    own = [layer.expert_score(expert_id, x) for expert_id in range(3)]
-    before = layer.route(x).logits
+    own = [own_score(layer, expert_id, x) for expert_id in range(3)]
+    before = route(layer, x).logits
     for _ in range(2):
         new = layer.add_experts(1)[0]
         if new == 3:
             observe(layer, new)
-    after = layer.route(x).logits[:, :3]
+    closed = {} if layer.router.separate_scores else {"expert_mask": torch.arange(5) < 3}
+    after = route(layer, x, **closed).logits[:, :3]
     assert (after - before).abs().max() <= 1e-6 * before.abs().max()
     for expert_id in range(3):
-        assert torch.equal(layer.expert_score(expert_id, x), own[expert_id])
+        assert torch.equal(own_score(layer, expert_id, x), own[expert_id])
         state = layer.pool.expert_state(expert_id)
         assert state.keys() == rows[expert_id].keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in rows[expert_id].items())
@@ -171,19 +251,21 @@ def test_growth_leaves_frozen_scores_and_rows(make: Callable[[], Router]):
 
 def test_closed_experts_get_nothing(make: Callable[[], Router]):
     layer, x = layer_of(make), data()[0]
-    routing = layer.route(x, expert_mask=torch.tensor([True, False, True]))
+    routing = route(layer, x, expert_mask=torch.tensor([True, False, True]))
     assert routing.load[1] == 0
     assert routing.matrix()[:, 1].abs().max() == 0
 
 
 def test_padding_is_assigned_to_nobody(make: Callable[[], Router]):
-    layer, x = layer_of(make), data()[0][:5].clone()
+    layer, x = quiet(layer_of(make)), data()[0][:5].clone()
     mask = torch.tensor([True, True, False, True, True])
-    expected = layer.route(x[mask])
+    expected = route(layer, x[mask])
     x[2] = torch.nan
-    routing = layer.route(x, mask=mask)
-    assert routing.choices[2].tolist() == [-1] * routing.choices.shape[1]
-    assert torch.equal(routing.choices[mask], expected.choices)
+    routing = route(layer, x, mask=mask)
+    assert (routing.expert_index[routing.token_index == 2] == -1).all()
+    assert routing.top_k == expected.top_k
+    if routing.top_k is not None:
+        assert torch.equal(routing.choices[mask], expected.choices)
     assert_close(routing.matrix()[mask], expected.matrix())
 
 
@@ -191,14 +273,16 @@ def test_a_non_finite_token_is_refused(make: Callable[[], Router]):
     layer, x = layer_of(make), data()[0][:3].clone()
     x[1, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="non-finite input at token 1 of 3"):
-        layer.route(x)
+        route(layer, x)
 
 
 def test_gradients_reach_the_input(make: Callable[[], Router]):
     layer = layer_of(make)
     x = data()[0][:4].clone().requires_grad_()
-    routing = layer.route(x)
-    (gradient,) = torch.autograd.grad(routing.logits.sum(), x)
+    routing = route(layer, x)
+    through_scores = layer.router.needs_ids is None  # ids have no gradient: it comes from the experts alone
+    y = routing.logits if through_scores else layer(x, ids=ids_of(layer, x))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
 
@@ -206,6 +290,6 @@ def test_gradients_reach_the_input(make: Callable[[], Router]):
 def test_half_precision_inputs_are_scored_in_float32(make: Callable[[], Router]):
     layer, x = layer_of(make), data()[0].half()
     rows = layer.pool.namespace(layer.namespace)
-    scores = layer.router.score(x, rows)
+    scores = layer.router.scores(x, rows, ids_of(layer, x))
     assert scores.dtype == torch.float32
-    assert torch.equal(scores, layer.router.score(x.float(), rows))
+    assert torch.equal(scores, layer.router.scores(x.float(), rows, ids_of(layer, x)))

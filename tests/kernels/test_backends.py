@@ -11,7 +11,20 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modmoe import ConvExpert, DenseRouter, ExpertPool, GaussianRouter, MLPExpert, MoELayer, Routing, TopKRouter
+from modmoe import (
+    AttentionExpert,
+    ConvExpert,
+    DenseRouter,
+    Expert,
+    ExpertPool,
+    LoRAExpert,
+    MLPExpert,
+    MoAttention,
+    MoELayer,
+    Routing,
+    SwiGLUExpert,
+    TopKRouter,
+)
 from modmoe.kernels.select import BACKENDS, choose_backend, combine, compute_assignments
 
 FAST = tuple(backend for backend in BACKENDS if backend != "reference")
@@ -93,22 +106,42 @@ class Case:
     tasks: bool = False
     only: tuple[int, ...] = ()  # experts that are open; the others stay empty
     dense_gate: bool = False
-    image: tuple[int, int, int] | None = None  # convolutional experts; sizes[0] is the size of the input
+    image: tuple[int, int, int] | None = None  # of convolutional experts; sizes[0] is the size of the input
+    kind: str = "mlp"
+
+    def expert(self) -> Expert:
+        d_in, hidden, d_out = self.sizes
+        match self.kind:
+            case "conv":
+                assert self.image is not None
+                return ConvExpert(self.image, (3, 2), d_out, stride=2, in_features=d_in)
+            case "swiglu":
+                return SwiGLUExpert(d_in, hidden, d_out)
+            case "swiglu_bias":
+                return SwiGLUExpert(d_in, hidden, d_out, bias=True)
+            case "lora":
+                return LoRAExpert(d_in, d_out, rank=hidden, alpha=5.0)
+            case "attention":
+                return AttentionExpert(d_in, hidden)
+        return MLPExpert(*self.sizes)
 
     def layer(self, dtype: torch.dtype) -> MoELayer:
         torch.manual_seed(0)
         task = "a" if self.tasks else None
-        if self.image is None:
-            expert = MLPExpert(*self.sizes)
-        else:
-            expert = ConvExpert(self.image, (3, 2), self.sizes[2], stride=2, in_features=self.sizes[0])
-        pool = ExpertPool(expert, self.num_experts, task=task)
+        pool = ExpertPool(self.expert(), self.num_experts, task=task)
         router = DenseRouter(self.sizes[0]) if self.dense_gate else TopKRouter(self.sizes[0], self.top_k)
-        layer = MoELayer(pool, router, backend="reference")
+        if self.kind == "attention":  # x is one sequence
+            layer = MoAttention(pool, router, causal=True, backend="reference")
+        else:
+            layer = MoELayer(pool, router, backend="reference")
         if self.wider:
-            layer.add_experts(self.wider, task="b" if self.tasks else None, hidden_features=self.sizes[1] + 5)
+            (size,) = pool.expert.sizes()  # hidden_features or rank
+            layer.add_experts(self.wider, task="b" if self.tasks else None, **{size: self.sizes[1] + 5})
         if self.tasks:
             layer.add_experts(1)
+        if self.kind == "lora":
+            for bank, _, _ in pool.growable("expert", "b").banks():
+                nn.init.normal_(bank)  # new experts compute nothing
         if self.freeze:
             layer.freeze(list(self.freeze))
         return layer.to(dtype)
@@ -146,10 +179,19 @@ CASES = {
     "tasks": Case(num_experts=2, tasks=True, wider=2),
     "one_expert": Case(num_experts=1, top_k=1),
     "one_frozen_expert": Case(num_experts=1, top_k=1, freeze=(0,)),
-    "images": Case(sizes=(50, 0, 4), image=(2, 5, 5)),
-    "images_and_other_features": Case(sizes=(53, 0, 4), image=(2, 5, 5), num_experts=6, only=(1, 4)),
-    "images_everything": Case(9, (50, 0, 4), 3, 3, freeze=(0, 2), mask=True, tasks=True, image=(2, 5, 5)),
-    "no_images": Case(0, (50, 0, 4), image=(2, 5, 5)),
+    "images": Case(sizes=(50, 0, 4), image=(2, 5, 5), kind="conv"),
+    "images_and_other_features": Case(sizes=(53, 0, 4), image=(2, 5, 5), kind="conv", num_experts=6, only=(1, 4)),
+    "images_everything": Case(9, (50, 0, 4), 3, 3, freeze=(0, 2), mask=True, tasks=True, image=(2, 5, 5), kind="conv"),
+    "no_images": Case(0, (50, 0, 4), image=(2, 5, 5), kind="conv"),
+    "swiglu": Case(kind="swiglu"),
+    "swiglu_bias": Case(sizes=(5, 7, 3), mask=True, kind="swiglu_bias"),
+    "swiglu_everything": Case(5, (5, 7, 3), 3, 3, wider=2, freeze=(0, 3), mask=True, tasks=True, kind="swiglu_bias"),
+    "lora": Case(sizes=(8, 4, 8), dense_gate=True, kind="lora"),
+    "lora_everything": Case(9, (5, 2, 3), 3, 3, wider=2, freeze=(0, 3), mask=True, tasks=True, kind="lora"),
+    "attention": Case(sizes=(8, 4, 8), kind="attention"),
+    "attention_top_1": Case(sizes=(5, 3, 5), top_k=1, num_experts=6, only=(1, 4), kind="attention"),
+    "attention_everything": Case(9, (5, 3, 5), 3, 3, freeze=(0, 2), mask=True, tasks=True, kind="attention"),
+    "no_tokens_to_attend_to": Case(0, (8, 4, 8), kind="attention"),
     "many_tokens": Case(num_tokens=200, num_experts=7),
     "everything": Case(5, (5, 7, 3), 3, 3, wider=2, freeze=(0, 3), mask=True, tasks=True),
     "everything_wide": Case(70, (8, 12, 4), 3, 2, wider=2, freeze=(1,), mask=True, tasks=True, only=(0, 1, 3, 4, 5)),
@@ -209,8 +251,13 @@ def test_the_path_of_compiled_graphs_equals_reference(case, backend, monkeypatch
 
 @pytest.mark.parametrize(
     "case",
-    [Case(sizes=(5, 7, 3), freeze=(0, 2), mask=True), Case(num_experts=2, tasks=True, wider=2)],
-    ids=["frozen_padding", "tasks_sizes"],
+    [
+        Case(sizes=(5, 7, 3), freeze=(0, 2), mask=True),
+        Case(num_experts=2, tasks=True, wider=2),
+        Case(sizes=(5, 2, 3), freeze=(0,), wider=1, kind="lora"),
+        Case(sizes=(8, 3, 8), freeze=(0,), mask=True, kind="attention"),
+    ],
+    ids=["frozen_padding", "tasks_sizes", "lora", "attention"],
 )
 def test_torch_compile_without_graph_breaks(case):
     layer = case.layer(torch.float32)
@@ -273,6 +320,12 @@ def function_of(layer: MoELayer, options: dict) -> tuple[Callable[..., Tensor], 
         ("reference", Case(4, (2, 2, 2), 2, 1, mask=True)),
         ("dense", Case(4, (2, 2, 2), 3, 2, freeze=(1,))),
         ("bmm", Case(4, (2, 2, 2), 3, 2, freeze=(1,), mask=True)),
+        ("reference", Case(3, (3, 2, 2), 3, 2, freeze=(1,), wider=1, kind="swiglu_bias")),
+        ("dense", Case(3, (3, 2, 2), 2, 2, kind="swiglu")),
+        ("reference", Case(3, (3, 2, 2), 3, 2, freeze=(1,), wider=1, kind="lora")),
+        ("bmm", Case(3, (3, 2, 2), 2, 2, kind="lora")),
+        ("reference", Case(3, (2, 2, 2), 3, 2, freeze=(1,), mask=True, kind="attention")),
+        ("dense", Case(3, (2, 2, 2), 2, 2, kind="attention")),
     ],
 )
 def test_first_and_second_derivatives(backend, case):
@@ -286,7 +339,10 @@ def test_first_and_second_derivatives(backend, case):
 
 
 @pytest.mark.parametrize("backend", ["grouped", "dense", "bmm"])
-@pytest.mark.parametrize("name", ["plain", "unaligned", "partly_frozen", "padding", "different_hidden_sizes"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "unaligned", "partly_frozen", "padding", "different_hidden_sizes", "swiglu_bias", "lora", "attention"],
+)
 def test_second_order_equals_reference(name, backend):
     case = CASES[name]
     layer = case.layer(torch.float32)
@@ -412,69 +468,6 @@ def test_frozen_experts_get_no_gradient_and_cost_less(backend):
     frozen = [group for group in layer.pool.groups() if group.frozen]
     assert [group.ids for group in frozen] == [(0, 1)]
     assert not any(tensor.requires_grad for tensor in frozen[0].tensors.values())
-
-
-# -- a token does not depend on its batch ------------------------------------------------------------------------------
-
-
-def routers() -> dict[str, MoELayer]:
-    torch.manual_seed(3)
-    layers = {
-        "dense": MoELayer(ExpertPool(MLPExpert(8, 16), 5), DenseRouter(8)),
-        "topk_softmax": MoELayer(ExpertPool(MLPExpert(8, 16), 5), TopKRouter(8, 2)),
-        "top_1": MoELayer(ExpertPool(MLPExpert(8, 16), 5), TopKRouter(8, 1)),
-        "gaussian": MoELayer(ExpertPool(MLPExpert(8, 16), 5), GaussianRouter(8, top_k=2)),
-    }
-    for expert_id in range(4):
-        layers["gaussian"].observe(expert_id, torch.randn(30, 8) + expert_id, torch.arange(30) % 2)
-    for layer in layers.values():
-        layer.freeze([1])
-    return layers
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["dense", "topk_softmax", "top_1", "gaussian"])
-def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(kind, backend):
-    layer = routers()[kind]
-    layer.backend = backend
-    x = torch.randn(33, 8)
-    with torch.no_grad():
-        together = layer(x)
-        one_by_one = torch.cat([layer(row[None]) for row in x])
-        shuffled = torch.randperm(33)
-        mixed = layer(torch.cat([torch.randn(90, 8) * 3, x[shuffled]]))[90:]
-        later_changed = torch.cat([x[:20], torch.randn(13, 8)])
-    assert_close(one_by_one, together, atol=1e-6, rtol=0)
-    assert_close(mixed, together[shuffled], atol=1e-6, rtol=0)
-    with torch.no_grad():  # causal
-        assert_close(layer(later_changed)[:20], together[:20], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["dense", "topk_softmax", "top_1", "gaussian"])
-def test_padding_never_changes_a_real_token(kind, backend):
-    layer = routers()[kind]
-    layer.backend = backend
-    x = torch.randn(12, 8)
-    padded = torch.full((20, 8), torch.nan)
-    place = torch.tensor([0, 2, 3, 4, 7, 8, 9, 10, 13, 14, 17, 19])
-    padded[place] = x
-    padded[5] = torch.inf
-    padded[6] = 1e30
-    mask = torch.zeros(20, dtype=torch.bool)
-    mask[place] = True
-    inputs, padded = x.requires_grad_(), padded.requires_grad_()
-    y, y_padded = layer(inputs), layer(padded, mask=mask)
-    assert_close(y_padded[place], y, atol=1e-6, rtol=0)
-    assert (y_padded[~mask] == 0).all()
-    loads = layer.routing.load
-    assert loads.sum() == (layer.routing.expert_index >= 0).sum()
-    assert (layer.routing.choices[~mask] == -1).all()
-    y_padded.sum().backward()
-    y.sum().backward()
-    assert_close(padded.grad[place], inputs.grad, atol=1e-5, rtol=1e-5)
-    assert (padded.grad[~mask] == 0).all()
-    assert all(torch.isfinite(p.grad).all() for p in layer.parameters() if p.grad is not None)
 
 
 # -- the choice of a backend -------------------------------------------------------------------------------------------

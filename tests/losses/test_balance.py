@@ -35,6 +35,38 @@ def test_published_number_top_2():
     assert loss.item() == pytest.approx(2.579522 / 2, abs=1e-5)
 
 
+def test_published_numbers_of_other_conventions():
+    probs, top_1 = LOGITS.softmax(-1), torch.tensor([0, 0, 1, 1])
+    # GShard: the mean of f P over 3 experts, 1.289761 / 3^2
+    gshard = load_balancing_loss(probs, top_1, convention="gshard")
+    assert gshard.item() == pytest.approx(0.143307, abs=1e-5)
+    # Mixtral: f sums to k = 2
+    mixtral = load_balancing_loss(probs, torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]]), convention="mixtral")
+    assert mixtral.item() == pytest.approx(2.579522, abs=1e-5)
+
+
+def test_a_convention_counts_the_open_experts():
+    # two open experts, used evenly: f = P = 1/2. Switch 1, GShard 1/4, Mixtral k = 2; a count of 3 would show
+    probs = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.1, 0.8]])
+    values = [
+        load_balancing_loss(
+            probs, torch.tensor([[0, 1], [1, 0]]), open_experts=torch.tensor([True, True, False]), convention=name
+        ).item()
+        for name in ("switch", "gshard", "mixtral")
+    ]
+    assert values == pytest.approx([1.0, 0.25, 2.0])
+
+
+def test_layers_concatenated_hide_their_imbalance():
+    # two layers with logits (5, 0) and (0, 5) for every token: p = e^5/(e^5 + 1) = .993307; 2 * 1 * p = 1.986614 each
+    one, other = torch.tensor([[5.0, 0.0]]).softmax(1).repeat(4, 1), torch.tensor([[0.0, 5.0]]).softmax(1).repeat(4, 1)
+    zeros, ones = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
+    for probs, chosen in ((one, zeros), (other, ones)):
+        assert load_balancing_loss(probs, chosen).item() == pytest.approx(1.986614, abs=1e-5)
+    together = load_balancing_loss(torch.cat([one, other]), torch.cat([zeros, ones]))
+    assert together.item() == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_uniform_is_one_for_every_k(top_k):
     # P_i = 1/3, f sums to 1: L = 3 * 1/3 = 1.
@@ -192,6 +224,7 @@ def test_it_spreads_a_collapsed_router():
             {"open_experts": torch.ones(3, dtype=torch.bool)},
             "open_experts must be bool",
         ),
+        (torch.ones(2, 2), torch.tensor([0, 1]), {"convention": "ours"}, "convention is one of .* got 'ours'"),
     ],
 )
 def test_bad_input(probs, expert_index, options, message):

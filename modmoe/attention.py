@@ -1,0 +1,149 @@
+"""Mixture of attention heads: a layer whose experts are heads over keys and values that they share."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from modmoe.experts import AttentionExpert
+from modmoe.gating import Router
+from modmoe.kernels.select import Backend, combine, compute_assignments
+from modmoe.layer import MoELayer
+from modmoe.pool import ExpertPool, Group, Task
+from modmoe.routing import MergedRouting, Routing, SlotRouting
+
+
+class MoAttention(MoELayer):
+    """y_t = sum_e w_te softmax(x_t W_q,e K^T / sqrt(H)) V W_o,e, over the heads e that the router chooses for token t.
+
+    The keys K = X W_k and values V = X W_v of a sequence X are computed once, whatever the router says. W_k and W_v
+    belong to no expert, and ``freeze()`` without ids freezes them too. Until then they are trained, so a frozen head's
+    rows stay what they are but its output moves with them.
+
+    Args:
+        pool: of AttentionExpert.
+        router: scores and selects; each token must have the same number of choices.
+        causal: True to let a token attend to itself and those before it, False to the whole sequence.
+        backend: see MoELayer.
+        namespace: see MoELayer.
+    Raises:
+        ValueError: on experts of another kind, on causal attention with a router that looks ahead, and as MoELayer.
+    Source:
+        Zhang et al. 2022, mixture of attention heads (MoA). Their router is TopKRouter(order="softmax_topk",
+        renormalize=True), its sum held constant in the backward pass, which is not so here.
+    """
+
+    def __init__(
+        self,
+        pool: ExpertPool,
+        router: Router,
+        causal: bool = False,
+        backend: Backend = "auto",
+        namespace: str | None = None,
+    ):
+        if not isinstance(pool.expert, AttentionExpert):
+            raise ValueError(f"a pool of AttentionExpert is needed, got {pool.expert}")
+        if causal and not router.causal:
+            raise ValueError(f"causal attention needs a causal router, {type(router).__name__} looks ahead")
+        super().__init__(pool, router, backend=backend, namespace=namespace)
+        self.head = pool.expert
+        self.causal = causal
+        like = pool.growable("expert", self.head.query.name).like
+        sizes = (self.head.in_features, self.head.head_features)
+        self.key = nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype)
+        self.value = nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        *,
+        top_k: int | None = None,
+        expert_mask: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """Route and attend.
+
+        Args:
+            x: (..., S, D) sequences.
+            mask: (..., S) bool, True for real tokens; nobody attends to the others, and their output is zero.
+            task_ids, top_k, expert_mask, ids: as of any MoELayer.
+        Returns:
+            (..., S, D) with x's dtype (under autocast: the autocast dtype).
+        Raises:
+            ValueError: as MoELayer, and where x is no sequence or the router does not choose alike for each token.
+            NonFiniteError: on a non-finite input or score.
+        """
+        routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
+        return combine(self.compute(x, routing), routing).view(x.shape)
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """The output of each assignment's head, not weighted: (..., S, D) -> (N, D), zero where dropped."""
+        flat, groups = self._kernel_inputs(x, routing)
+        return self._heads(flat.view(x.shape), routing, groups, self.backend)
+
+    def expert_output(self, expert_id: int, x: Tensor) -> Tensor:
+        """One head's own output for every token of x, whatever the router says: (..., S, D) -> (..., S, D)."""
+        rows = self.pool.namespace("expert", [expert_id])
+        group = Group((expert_id,), (0,), False, {name: rows[name] for name in rows})
+        only = torch.zeros(x.shape[:-1].numel(), dtype=torch.int64, device=x.device)
+        routing = Routing.assigned(only, 1, x.dtype)
+        return self._heads(x, routing, [group], "reference").view(x.shape)
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What all heads share: the keys and the values (..., S, H) of x (..., S, D)."""
+        return self.key(x), self.value(x)
+
+    def freeze(self, ids: Sequence[int] | None = None) -> None:
+        """Freeze heads; without ids all of them, and the keys and values, and the parts that the router shares."""
+        super().freeze(ids)
+        if ids is None:
+            for shared in (self.key, self.value):
+                shared.requires_grad_(False)
+                shared.zero_grad(set_to_none=True)  # an optimizer would still apply what is left there
+
+    def _heads(self, x: Tensor, routing: Routing, groups: Sequence[Group], backend: str) -> Tensor:
+        """(..., S, D) -> (N, D): queries by a kernel, attention, outputs by a kernel."""
+        if x.dim() < 2:
+            raise ValueError(f"sequences (..., S, {self.head.in_features}) are needed, got {tuple(x.shape)}")
+        if isinstance(routing, SlotRouting | MergedRouting):
+            raise ValueError(f"heads take whole tokens: {type(self.router).__name__} mixes tokens or experts")
+        length, k = x.shape[-2], routing.choices.shape[1]
+        num_sequences = x.shape[:-2].numel()
+        flat = x.reshape(-1, x.shape[-1])
+        queries = compute_assignments(groups, self.head.query, flat, routing, backend)
+        keys, values = self.prepare(x.reshape(num_sequences, length, x.shape[-1]))
+        visible = _visible(routing.mask, num_sequences, length, self.causal, x.device)
+        context = attend(queries.view(num_sequences, length, k, queries.shape[1]), keys, values, visible).flatten(0, 2)
+        # from here on an assignment reads its own context in place of its token
+        places = torch.arange(len(context), device=x.device)
+        return compute_assignments(groups, self.head.output, context, replace(routing, token_index=places), backend)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """softmax(q_tk K^T / sqrt(H)) V over what token t may see.
+
+    Args:
+        queries: (B, S, K, H), several for each token.
+        keys: (B, S, H).
+        values: (B, S, H).
+        visible: (B or 1, S, S) bool, [b, t, s] True where token t sees token s; at least one for each t.
+    Returns:
+        (B, S, K, H).
+    """
+    # In plain operations, not scaled_dot_product_attention, whose fused kernels have no second derivative.
+    logits = torch.einsum("btkh,bsh->btks", queries, keys) / queries.shape[-1] ** 0.5
+    weights = logits.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1)
+    return torch.einsum("btks,bsh->btkh", weights.to(values.dtype), values)
+
+
+def _visible(mask: Tensor | None, num_sequences: int, length: int, causal: bool, device: torch.device) -> Tensor:
+    visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible.tril()
+    if mask is not None:
+        itself = torch.eye(length, dtype=torch.bool, device=device)  # padding too sees something: no row is empty
+        visible = visible & (mask.view(num_sequences, 1, length) | itself)
+    return visible
