@@ -2,6 +2,7 @@
 
 from modmoe import losses
 from modmoe.attention import MoAttention
+from modmoe.catalog import make_router
 from modmoe.checkpoint import load_checkpoint, save_checkpoint
 from modmoe.errors import CheckpointError, MissingExtraError, NonFiniteError
 from modmoe.experts import (
@@ -103,6 +104,7 @@ __all__ = [
     "load_checkpoint",
     "lora_layer",
     "losses",
+    "make_router",
     "merged_linear",
     "pools",
     "remove",

@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modmoe.experts import AttentionExpert
+from modmoe.experts import AttentionExpert, Expert
 from modmoe.gating import Router
 from modmoe.kernels.select import Backend, combine, compute_assignments
 from modmoe.layer import MoELayer
 from modmoe.pool import ExpertPool, Group, Task
-from modmoe.routing import MergedRouting, Routing, SlotRouting
+from modmoe.routing import Routing
 
 
 class MoAttention(MoELayer):
@@ -23,12 +23,13 @@ class MoAttention(MoELayer):
 
     Args:
         pool: of AttentionExpert.
-        router: scores and selects; each token must have the same number of choices.
+        router: scores and selects.
         causal: True to let a token attend to itself and those before it, False to the whole sequence.
         backend: see MoELayer.
         namespace: see MoELayer.
     Raises:
-        ValueError: on experts of another kind, on causal attention with a router that looks ahead, and as MoELayer.
+        ValueError: on experts of another kind, on a router that does not choose K heads for each token, on causal
+            attention with a router that looks ahead, and as MoELayer.
     Source:
         Zhang et al. 2022, mixture of attention heads (MoA). Their router is TopKRouter(order="softmax_topk",
         renormalize=True), its sum held constant in the backward pass, which is not so here.
@@ -42,17 +43,26 @@ class MoAttention(MoELayer):
         backend: Backend = "auto",
         namespace: str | None = None,
     ):
-        if not isinstance(pool.expert, AttentionExpert):
-            raise ValueError(f"a pool of AttentionExpert is needed, got {pool.expert}")
-        if causal and not router.causal:
-            raise ValueError(f"causal attention needs a causal router, {type(router).__name__} looks ahead")
+        if causal and (reason := why_not_causal(router)):
+            raise ValueError(reason)
         super().__init__(pool, router, backend=backend, namespace=namespace)
+        assert isinstance(pool.expert, AttentionExpert)  # check_pair
         self.head = pool.expert
         self.causal = causal
         like = pool.growable("expert", self.head.query.name).like
         sizes = (self.head.in_features, self.head.head_features)
         self.key = nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype)
         self.value = nn.Linear(*sizes, bias=False, device=like.device, dtype=like.dtype)
+
+    @classmethod
+    def check_pair(cls, router: Router, expert: Expert) -> None:
+        if not isinstance(expert, AttentionExpert):
+            raise ValueError(f"a pool of AttentionExpert is needed, got {expert}")
+        if router.form != "choices":
+            raise ValueError(
+                f"heads need the same number of choices for each token, and whole tokens: {type(router).__name__} "
+                f"gives {router.form}"
+            )
 
     def forward(
         self,
@@ -73,7 +83,7 @@ class MoAttention(MoELayer):
         Returns:
             (..., S, D) with x's dtype (under autocast: the autocast dtype).
         Raises:
-            ValueError: as MoELayer, and where x is no sequence or the router does not choose alike for each token.
+            ValueError: as MoELayer, and where x is no sequence.
             NonFiniteError: on a non-finite input or score.
         """
         routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
@@ -108,8 +118,6 @@ class MoAttention(MoELayer):
         """(..., S, D) -> (N, D): queries by a kernel, attention, outputs by a kernel."""
         if x.dim() < 2:
             raise ValueError(f"sequences (..., S, {self.head.in_features}) are needed, got {tuple(x.shape)}")
-        if isinstance(routing, SlotRouting | MergedRouting):
-            raise ValueError(f"heads take whole tokens: {type(self.router).__name__} mixes tokens or experts")
         length, k = x.shape[-2], routing.choices.shape[1]
         num_sequences = x.shape[:-2].numel()
         flat = x.reshape(-1, x.shape[-1])
@@ -120,6 +128,11 @@ class MoAttention(MoELayer):
         # from here on an assignment reads its own context in place of its token
         places = torch.arange(len(context), device=x.device)
         return compute_assignments(groups, self.head.output, context, replace(routing, token_index=places), backend)
+
+
+def why_not_causal(router: Router) -> str | None:
+    """Why a causal layer cannot use the router; None if it can."""
+    return None if router.causal else f"causal attention needs a causal router, {type(router).__name__} looks ahead"
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

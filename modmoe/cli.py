@@ -1,28 +1,29 @@
 """The command ``modmoe``: run an experiment from a YAML file; the command line overrides any setting."""
 
-import dataclasses
+import json
 import os
-import re
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 # jsonargparse, yaml and the experiments (with their hosts) are imported where they are used, so that help and
 # mistakes on the command line do not wait for them.
 from modmoe import __version__
 from modmoe.errors import MissingExtraError
+from modmoe.experiments.keys import Keys, UsageError, replaced
 from modmoe.experiments.registry import EXPERIMENTS, UnknownExperimentError, did_you_mean, load_config_class
 
 _USAGE = "usage: modmoe run CONFIG [--key value ...] [--seeds N] [--out DIR]"
 
 _HELP = f"""{_USAGE}
+       modmoe gates [--json]
 
 One growable pool of experts for continual, meta, reinforcement and multi-task learning.
 
 commands:
   run CONFIG    run the experiment that a YAML file describes
+  gates         list every gate with what it declares, and the kinds of experts that it goes with
 
 options:
   -h, --help    show this help; `modmoe run --help` says more
@@ -46,8 +47,16 @@ written to DIR: metrics.json, report.html, tensorboard/
 """
 
 
-class _UsageError(Exception):
-    """A mistake in the command line or the config file; its text is what the user reads."""
+_GATES_HELP = """usage: modmoe gates [--json]
+
+List every gate with what its class declares (what it decides and on how much at once, whether it is causal, what the
+weights of a token add up to, which ids it needs, what its experts share, how growth keeps the layer's function), and
+the kinds of experts that it goes with.
+
+options:
+  --json        as JSON
+  -h, --help    show this help
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(arguments)
         sys.stdout.flush()
         return status
-    except _UsageError as error:
+    except UsageError as error:
         return _fail(str(error), 2)
     except MissingExtraError as error:
         return _fail(str(error), 1)
@@ -88,10 +97,25 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"modmoe {__version__}")
         return 0
+    if arguments[0] == "gates":
+        return _gates(arguments[1:])
     if arguments[0] != "run":
-        hint = did_you_mean(arguments[0], ["run", "--help", "--version"])
-        raise _UsageError(f"unknown command '{arguments[0]}'{hint or ' (there is: run)'}")
+        hint = did_you_mean(arguments[0], ["run", "gates", "--help", "--version"])
+        raise UsageError(f"unknown command '{arguments[0]}'{hint or ' (there are: run, gates)'}")
     return _run(arguments[1:])
+
+
+def _gates(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(_GATES_HELP, end="")
+        return 0
+    if arguments not in ([], ["--json"]):
+        raise UsageError(f"`modmoe gates` takes --json or nothing, got {' '.join(arguments)}")
+
+    from modmoe.catalog import format_gate_tables, gate_tables
+
+    print(json.dumps(gate_tables(), indent=2) if arguments else format_gate_tables())
+    return 0
 
 
 def _run(arguments: list[str]) -> int:
@@ -100,17 +124,17 @@ def _run(arguments: list[str]) -> int:
         if wants_help:
             print(_RUN_HELP.format(experiments=", ".join(EXPERIMENTS)), end="")
             return 0
-        raise _UsageError("a config file is needed: modmoe run CONFIG")
+        raise UsageError("a config file is needed: modmoe run CONFIG")
     settings = _read(file)
     experiment = settings.pop("experiment", None)
     if experiment is None:
-        raise _UsageError(f"{file}: the key 'experiment' is missing (known: {', '.join(EXPERIMENTS)})")
+        raise UsageError(f"{file}: the key 'experiment' is missing (known: {', '.join(EXPERIMENTS)})")
     try:
         config_class = load_config_class(str(experiment))
     except UnknownExperimentError as error:
-        raise _UsageError(f"{file}: {error}") from error
+        raise UsageError(f"{file}: {error}") from error
     program = f"modmoe run {file}"
-    keys = _Keys(config_class(), program)
+    keys = Keys(config_class(), program)
     seeds = keys.from_yaml("seeds", settings.pop("seeds", 1), str(file))
     out = Path("runs") / file.stem
     changes = keys.flatten(settings, str(file))
@@ -123,13 +147,13 @@ def _run(arguments: list[str]) -> int:
         else:
             changes[key] = value
     if seeds < 1:
-        raise _UsageError(f"seeds must be at least 1, got {seeds}")
+        raise UsageError(f"seeds must be at least 1, got {seeds}")
     try:
-        config = _replaced(config_class(), changes)
+        config = replaced(config_class(), changes)
     except ValueError as error:  # a config dataclass checks its values in __post_init__
-        raise _UsageError(f"{file}: {error}") from error
+        raise UsageError(f"{file}: {error}") from error
     if wants_help:  # with the values that would be run
-        print(_Keys(config, program, seeds, out).help())
+        print(Keys(config, program, seeds, out).help())
         return 0
 
     from modmoe.experiments.runner import run_experiment
@@ -137,7 +161,7 @@ def _run(arguments: list[str]) -> int:
     try:
         run_experiment(config, str(experiment), seeds, out)
     except NotADirectoryError as error:
-        raise _UsageError(str(error)) from error
+        raise UsageError(str(error)) from error
     return 0
 
 
@@ -153,14 +177,14 @@ def _split(arguments: list[str]) -> tuple[Path | None, list[tuple[str, str]], bo
             if not equals:
                 text = next(rest, None)
                 if text is None:
-                    raise _UsageError(f"--{key} needs a value")
+                    raise UsageError(f"--{key} needs a value")
             options.append((key, text))
         elif argument.startswith("-"):
-            raise _UsageError(f"unknown option '{argument}'")
+            raise UsageError(f"unknown option '{argument}'")
         elif file is None:
             file = Path(argument)
         else:
-            raise _UsageError(f"unexpected argument '{argument}'; a setting is written --key value")
+            raise UsageError(f"unexpected argument '{argument}'; a setting is written --key value")
     return file, options, wants_help
 
 
@@ -170,126 +194,16 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise _UsageError(f"config file not found: {file}") from None
+        raise UsageError(f"config file not found: {file}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise _UsageError(f"cannot read the config file {file}: {error}") from error
+        raise UsageError(f"cannot read the config file {file}: {error}") from error
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
-        raise _UsageError(f"invalid YAML in {file}{line}: {problem}") from error
+        raise UsageError(f"invalid YAML in {file}{line}: {problem}") from error
     if not isinstance(settings, dict):
-        raise _UsageError(f"{file}: expected settings of the form 'key: value'")
+        raise UsageError(f"{file}: expected settings of the form 'key: value'")
     return settings
-
-
-class _Keys:
-    """The settings of one experiment: each leaf of its config dataclass, by dotted key, with its type and value."""
-
-    def __init__(self, config: Any, program: str, seeds: int = 1, out: Path = Path("runs")) -> None:
-        from jsonargparse import ArgumentParser
-
-        self._parser = ArgumentParser(
-            prog=program, description=_summary(type(config)), exit_on_error=False, allow_abbrev=False
-        )
-        self._types: dict[str, Any] = {"seeds": int, "out": str}
-        self._groups: set[str] = set()
-        self._parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
-        self._parser.add_argument("--out", type=str, default=str(out), help="folder for the results")
-        self._add(config, "", "settings")
-
-    def _add(self, config: Any, prefix: str, title: str) -> None:
-        group = self._parser.add_argument_group(title)
-        hints, texts = get_type_hints(type(config)), _field_texts(type(config))
-        for field in dataclasses.fields(config):
-            key, value = f"{prefix}{field.name}", getattr(config, field.name)
-            if dataclasses.is_dataclass(hints[field.name]):
-                self._groups.add(key)
-                self._add(value, f"{key}.", f"{key}: {texts.get(field.name, '')}".rstrip(":. "))
-            else:
-                self._types[key] = hints[field.name]
-                group.add_argument(f"--{key}", type=hints[field.name], default=value, help=texts.get(field.name))
-
-    def help(self) -> str:
-        """Lay out all settings with their types and defaults."""
-        # jsonargparse also offers `--key+ item` for lists, which `modmoe run` does not have.
-        return re.sub(r", --[\w.]+\+ \S+", "", self._parser.format_help()).rstrip()
-
-    def flatten(self, settings: dict, where: str, prefix: str = "") -> dict[str, Any]:
-        """Check a nested mapping and give its leaves under dotted keys."""
-        leaves: dict[str, Any] = {}
-        for name, value in settings.items():
-            key = f"{prefix}{name}"
-            if key not in self._groups:
-                leaves[key] = self.from_yaml(key, value, where)
-            elif isinstance(value, dict):
-                leaves |= self.flatten(value, where, f"{key}.")
-            else:
-                raise _UsageError(f"{where}: key '{key}' expects settings of its own, got {value!r}")
-        return leaves
-
-    def from_yaml(self, key: str, value: Any, where: str) -> Any:
-        """Check one value of the config file."""
-        if key == "out":
-            raise _UsageError(f"{where}: 'out' is set on the command line: --out DIR")
-        self._check_known(key, f"{where}: ", "")
-        nested: Any = value
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
-        try:
-            # jsonargparse lets null pass for any type.
-            if value is None and type(None) not in (self._types[key], *get_args(self._types[key])):
-                raise ValueError("null")
-            return self._parser.parse_object(nested)[key]
-        except (ArgumentError, ValueError) as error:
-            raise _UsageError(self._mismatch(f"{where}: key '{key}'", key, value)) from error
-
-    def from_text(self, key: str, text: str) -> Any:
-        """Check one value of the command line."""
-        if key == "experiment":
-            raise _UsageError("'experiment' is set in the config file, not on the command line")
-        if key in self._groups:
-            raise _UsageError(f"--{key} holds several settings; set one of them: --{key}.NAME value")
-        self._check_known(key, "", "--")
-        try:
-            return self._parser.parse_args([f"--{key}={text}"])[key]
-        except (ArgumentError, ValueError) as error:
-            raise _UsageError(self._mismatch(f"--{key}", key, text)) from error
-
-    def _check_known(self, key: str, where: str, dashes: str) -> None:
-        if key not in self._types:
-            raise _UsageError(f"{where}unknown key '{dashes}{key}'{did_you_mean(key, self._types)}")
-
-    def _mismatch(self, name: str, key: str, value: Any) -> str:
-        return f"{name} expects {_type_name(self._types[key])}, got {value!r}"
-
-
-def _replaced(config: Any, changes: dict[str, Any]) -> Any:
-    """Give a copy of a config with the values at dotted keys changed."""
-    own = {key: value for key, value in changes.items() if "." not in key}
-    for group in {key.partition(".")[0] for key in changes if "." in key}:
-        inner = {key.partition(".")[2]: value for key, value in changes.items() if key.startswith(f"{group}.")}
-        own[group] = _replaced(getattr(config, group), inner)
-    return dataclasses.replace(config, **own)
-
-
-def _summary(config_class: type) -> str:
-    from docstring_parser import parse
-
-    return parse(config_class.__doc__ or "").short_description or ""
-
-
-def _field_texts(config_class: type) -> dict[str, str]:
-    from docstring_parser import parse
-
-    # a field is explained by the class that brings it
-    params = [param for cls in reversed(config_class.__mro__) for param in parse(cls.__doc__ or "").params]
-    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
-
-
-def _type_name(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in get_args(hint))
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

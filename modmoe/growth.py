@@ -1,13 +1,13 @@
 """Grow, freeze and remove over a whole model, and count what it holds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from modmoe.growable import GrowableBuffer, GrowableParameter
 from modmoe.layer import MoELayer
-from modmoe.pool import ExpertPool, Task
+from modmoe.pool import ExpertPool, Growth, Task
 
 Ids = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -24,9 +24,7 @@ def pools(module: nn.Module) -> dict[str, ExpertPool]:
     return found
 
 
-def grow(
-    module: nn.Module, n: int = 1, task: Task | None = None, init: Literal["fresh", "copy"] = "fresh"
-) -> dict[str, list[int]]:
+def grow(module: nn.Module, n: int = 1, task: Task | None = None, init: Growth = "fresh") -> dict[str, list[int]]:
     """Add n experts to every pool of a model.
 
     Returns:

@@ -2,17 +2,17 @@
 
 import weakref
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from modmoe.experts import Expert
 from modmoe.gating.base import Router
 from modmoe.gating.fitted import FittedRouter
 from modmoe.kernels.blended import run_blended
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
-from modmoe.pool import ExpertPool, Group, Task
+from modmoe.pool import ExpertPool, Group, Growth, Task
 from modmoe.routing import MergedRouting, Routing, SlotRouting
 
 
@@ -26,7 +26,8 @@ class MoELayer(nn.Module):
         backend: "auto", or one of "reference", "dense", "bmm", "grouped".
         namespace: the name of the gate rows on the pool; None for "gate", "gate_2", ...
     Raises:
-        ValueError: on an unknown backend, a router whose size is not the experts', or a top_k above the pool's size.
+        ValueError: on an unknown backend, experts that need another kind of layer, a router whose size is not the
+            experts', or a top_k above the pool's size.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class MoELayer(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend '{backend}', choose one of {BACKENDS}")
+        self.check_pair(router, pool.expert)
         if router.in_features != pool.expert.in_features:
             raise ValueError(
                 f"the router takes {router.in_features} features, the experts take {pool.expert.in_features}"
@@ -56,6 +58,12 @@ class MoELayer(nn.Module):
         pool.declare(namespace, router.row_specs(), preserving=router.preserving_growth)
         self._routing: Routing | None = None
         self._shared_frozen = False
+
+    @classmethod
+    def check_pair(cls, router: Router, expert: Expert) -> None:
+        """Raise ValueError if this kind of layer cannot compute this kind of expert with this router."""
+        if expert.needs_sequence:
+            raise ValueError(f"{expert} needs the keys and values of its sequence: use MoAttention for MoELayer")
 
     # -- computing ---------------------------------------------------------------------------------
 
@@ -253,7 +261,7 @@ class MoELayer(nn.Module):
     def add_experts(
         self,
         n: int = 1,
-        init: Literal["fresh", "copy"] = "fresh",
+        init: Growth = "fresh",
         task: Task | None = None,
         source: int | None = None,
         **sizes: int,

@@ -23,7 +23,8 @@ from modmoe.growable import (
 )
 
 Task = str | int
-Preserving = Literal["split", "tie"]
+Preserving = Literal["split", "tie", "zero"]
+Growth = Literal["fresh", "copy", "zero"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ class ExpertPool(nn.Module):
             namespace: an identifier, for instance ``"gate"``.
             specs: what the rows look like, by name.
             preserving: how a copied expert's rows keep the layer's function: "tie" copies them, "split" also lowers
-                the row ``"bias"`` of the source and of the copy by log 2; None where no way is known.
+                the row ``"bias"`` of the source and of the copy by log 2; "zero" draws new rows, for an expert whose
+                output is 0 at first; None where no way is known.
         Raises:
             ValueError: if the namespace exists.
         """
@@ -219,6 +221,11 @@ class ExpertPool(nn.Module):
                 growable.add(owners, specs[name].draw(len(owners), sizes, growable.like))
         self._growables_freeze(namespace, self.frozen_ids)
         _allow_new_graphs()
+
+    def set_preserving(self, namespace: str, preserving: Preserving | None) -> None:
+        """Say anew how growth keeps the function, where a router's settings have changed; see :meth:`declare`."""
+        self._growables(namespace)
+        self._preserving = {**self._preserving, namespace: preserving}
 
     def _cohorts(self) -> list[list[int]]:
         """The ids of each bank of experts: rows declared later split along the same lines."""
@@ -260,7 +267,7 @@ class ExpertPool(nn.Module):
     def add_experts(
         self,
         n: int = 1,
-        init: Literal["fresh", "copy"] = "fresh",
+        init: Growth = "fresh",
         task: Task | None = None,
         source: int | None = None,
         **sizes: int,
@@ -269,16 +276,17 @@ class ExpertPool(nn.Module):
 
         Args:
             n: how many, at least 1.
-            init: "fresh" draws new rows; "copy" repeats one live expert in such a way that no output changes, which
-                works where every router on this pool says how (``Router.preserving_growth``).
+            init: "fresh" draws new rows. The others change no output, which works where every router on this pool says
+                so (``Router.preserving_growth``): "copy" repeats one live expert, "zero" draws new rows but for those
+                that the expert's output is multiplied by.
             task: the new experts' task, or None; copies belong to their source's.
             source: the expert to copy; None for the newest live one.
             sizes: sizes that differ from the expert kind's, for instance ``hidden_features=64``.
         Returns:
             The new stable ids.
         Raises:
-            ValueError: on n < 1, an unknown size, a frozen or unknown source, or a router for which a copy would
-                change the layer's function. Nothing is changed then.
+            ValueError: on n < 1, an unknown size, a frozen or unknown source, or a router for which a copy (or an
+                expert without output) would change the layer's function. Nothing is changed then.
         """
         merged, source = self.check_growth(n, init, task, source, **sizes)
         new_ids = list(range(self._next_id, self._next_id + n))
@@ -291,6 +299,8 @@ class ExpertPool(nn.Module):
                 else:
                     count = specs[name].count
                     values = specs[name].draw(n * count, merged, growable.like) if count else growable.like
+                    if init == "zero" and namespace == "expert" and name in self.expert.output_rows:
+                        values = torch.zeros_like(values)
                 if count:
                     drawn.append((growable, [expert_id for expert_id in new_ids for _ in range(count)], values))
         for growable, owners, values in drawn:
@@ -305,7 +315,7 @@ class ExpertPool(nn.Module):
     def check_growth(
         self,
         n: int = 1,
-        init: Literal["fresh", "copy"] = "fresh",
+        init: Growth = "fresh",
         task: Task | None = None,
         source: int | None = None,
         **sizes: int,
@@ -331,10 +341,14 @@ class ExpertPool(nn.Module):
                     f"init='copy' keeps the layer's function only within the source's task {self._book[source].task!r}"
                 )
             merged = dict(self._book[source].sizes)
-        elif init != "fresh" or source is not None:
+        elif init not in ("fresh", "zero") or source is not None:
             raise ValueError(
-                f"init is 'fresh' or 'copy' (which may name a source), got init={init!r}, source={source!r}"
+                f"init is 'fresh', 'zero' or 'copy' (which may name a source), got init={init!r}, source={source!r}"
             )
+        elif init == "zero":
+            if not self.expert.output_rows:
+                raise ValueError(f"init='zero' does not know which rows give {self.expert} its output")
+            self._check_preserving("zero", ("zero",), "a ReLU gate does")
         return merged, source
 
     def _copy_source(self, source: int | None) -> int:
@@ -346,13 +360,17 @@ class ExpertPool(nn.Module):
         self._check_ids([source])
         if self._book[source].frozen:
             raise ValueError(f"init='copy' would have to change expert {source}, which is frozen")
-        unknown = [namespace for namespace, how in self._preserving.items() if how is None]
-        if unknown:
-            raise ValueError(
-                f"init='copy' cannot keep the layer's function: the rows of {unknown} know no such growth "
-                "(a dense gate and a renormalised top-1 do); use init='fresh'"
-            )
+        self._check_preserving("copy", ("split", "tie"), "a dense gate and a renormalised top-1 do")
         return source
+
+    def _check_preserving(self, init: Growth, ways: tuple[Preserving, ...], known: str) -> None:
+        others = {namespace: how for namespace, how in self._preserving.items() if namespace != "expert"}
+        unable = [namespace for namespace, how in others.items() if how not in ways]
+        if unable:
+            raise ValueError(
+                f"init='{init}' cannot keep the layer's function: the rows of {unable} know no such growth "
+                f"({known}); use init='fresh'"
+            )
 
     def _split(self, source: int, new_ids: list[int]) -> None:
         """Share the source's softmax mass: n + 1 equal logits, each lowered by log(n + 1), add up to the old one."""

@@ -60,7 +60,7 @@ def segment_pool(pool: ExpertPool, num_segments: int, scale: float = 1.0) -> Exp
         ids = fine.add_experts(num_segments, task=record.task, hidden_features=width)
         whole = pool.namespace("expert", [record.id])
         for name, spec in pool.specs("expert").items():
-            row = whole[name][0] * scale if name in ("w_out", "b_out") else whole[name][0]
+            row = whole[name][0] * scale if name in kind.output_rows else whole[name][0]
             parts = (row / num_segments,) * num_segments
             if HIDDEN in spec.shape:
                 parts = row.chunk(num_segments, dim=spec.shape.index(HIDDEN))

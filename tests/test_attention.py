@@ -29,7 +29,9 @@ D, H = 6, 4
 class LaterTokens(DenseRouter):
     """A router that says that it looks ahead."""
 
-    causal = False
+    @property
+    def causal(self) -> bool:
+        return False
 
 
 class AnyOrder(TopKRouter):
@@ -271,7 +273,7 @@ def test_refusals():
         MoAttention(pool, DenseRouter(D))(torch.randn(D))
     with pytest.raises(ValueError, match="does not hold the same number of choices"):
         MoAttention(pool, AnyOrder(D, 2))(torch.randn(2, D))
-    with pytest.raises(ValueError, match="heads take whole tokens: SmearRouter mixes tokens or experts"):
+    with pytest.raises(ValueError, match="and whole tokens: SmearRouter gives merges"):
         MoAttention(pool, SmearRouter(D))(torch.randn(2, D))
     with pytest.raises(ValueError, match=r"x has dtype torch\.float64"):
         MoAttention(pool, DenseRouter(D))(torch.randn(2, D).double())

@@ -26,6 +26,7 @@ CORE_ORDER = [
     ["kernels", "gating"],
     ["layer"],
     ["optim", "growth", "checkpoint", "attention", "lora", "segmentation"],
+    ["catalog"],
 ]
 
 # Rule 2. Extensions import the core; plugins import the core, extensions and their own host; joiners anything.

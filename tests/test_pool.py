@@ -16,10 +16,12 @@ from modmoe import (
     GrowableBuffer,
     MLPExpert,
     MoELayer,
+    ReLURouter,
     RowSpec,
     TopKRouter,
     sync_optimizer,
 )
+from modmoe.catalog import example_experts, layer_class
 
 D, H = 3, 4
 OPTIMIZERS = {
@@ -266,6 +268,42 @@ def test_a_copy_has_the_rows_of_its_source_in_order():
     assert "head.weight" not in pool.expert_state(4)
 
 
+@pytest.mark.parametrize("kind", example_experts(16).values(), ids=example_experts(16).keys())
+def test_experts_without_output_change_nothing_in_a_relu_gate_and_learn(kind):
+    torch.manual_seed(0)
+    layer = layer_class(kind)(ExpertPool(kind, 2), ReLURouter(16))
+    layer.freeze([0])
+    x = torch.randn(3, 20, 16)
+    before = layer(x)
+    new = layer.add_experts(2, init="zero")
+    y = layer(x)
+    assert_close(y, before, rtol=0, atol=1e-6)
+    assert layer.routing.load[2:].min() > 0  # they are asked, and say nothing yet
+    (y - 1).square().sum().backward()
+    for name in kind.output_rows:
+        rows = layer.pool.namespace("expert", new)[name]
+        assert rows.abs().max() == 0
+        (cohort,) = (t for t, r, _ in layer.pool.growable("expert", name).banks() if r[0].owner == new[0])
+        assert cohort.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("router", [DenseRouter(D), TopKRouter(D, top_k=1, renormalize=True), TopKRouter(D)])
+def test_no_experts_without_output_where_they_would_take_weight(router):
+    layer = make_layer(2, router)
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=r"init='zero' cannot keep .* \['gate'\] .* \(a ReLU gate does\)"):
+        layer.add_experts(1, init="zero")
+    assert_unchanged(layer, before)
+
+
+def test_no_zero_expert_of_a_kind_that_does_not_know_its_output_rows():
+    class Unknown(MLPExpert):
+        output_rows = ()
+
+    with pytest.raises(ValueError, match="does not know which rows"):
+        ExpertPool(Unknown(D, 4)).add_experts(1, init="zero")
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 ERRORS = {
@@ -274,8 +312,8 @@ ERRORS = {
     "size": (lambda p: p.add_experts(1, width=3), "unknown size 'width'"),
     "size value": (lambda p: p.add_experts(1, hidden_features=0), "hidden_features must be at least 1"),
     "task": (lambda p: p.add_experts(1, task=("a",)), "a task is a str, an int or None"),
-    "init": (lambda p: p.add_experts(1, init="clone"), "init is 'fresh' or 'copy'"),
-    "source of fresh": (lambda p: p.add_experts(1, source=1), "init is 'fresh' or 'copy'"),
+    "init": (lambda p: p.add_experts(1, init="clone"), "init is 'fresh', 'zero' or 'copy'"),
+    "source of fresh": (lambda p: p.add_experts(1, source=1), "init is 'fresh', 'zero' or 'copy'"),
     "frozen source": (lambda p: p.add_experts(1, init="copy", source=0), "expert 0, which is frozen"),
     "unknown source": (lambda p: p.add_experts(1, init="copy", source=9), r"no experts with ids \[9\]"),
     "copy with sizes": (lambda p: p.add_experts(1, init="copy", hidden_features=5), "takes the sizes of its source"),

@@ -4,7 +4,7 @@ Growth without task boundaries errs on the side of too many experts: a false ala
 to two of them, and each takes a place under the pool's cap.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from modmoe.continual.classifier import HEAD, PoolClassifier
 from modmoe.continual.experiences import read_batches
 from modmoe.continual.plugin import find_classifier
+from modmoe.conversion.edit import expert_rows, mean_rows, underused
 from modmoe.gating.classwise import join_rows
 from modmoe.gating.fitted import FittedRouter
 from modmoe.optim import sync_optimizer
-from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
 
 COMPARED_AT_ONCE = 4096  # samples, by ConsolidationPlugin
@@ -71,25 +71,17 @@ def prune_experts(
             is outside [0, 1], or on an unknown id to keep; nothing is changed then.
     """
     pool = classifier.pool
-    if set(usage) != set(pool.ids):
-        raise ValueError(f"usage must name the experts {list(pool.ids)}, it names {sorted(usage)}")
-    total = sum(usage.values())
-    if min(usage.values()) < 0 or not total > 0:
-        raise ValueError(f"usage must not be negative, and positive somewhere, got {dict(usage)}")
-    if not 0 <= min_share <= 1:
-        raise ValueError(f"min_share must be in [0, 1], got {min_share}")
     for expert_id in keep:
         pool.record(expert_id)
-    classes, left = classifier.classes_of(), list(pool.ids)
-    removed: list[int] = []
-    for expert_id in sorted(pool.ids, key=lambda i: usage[i]):
-        protected = expert_id in keep or expert_id == classifier.training_id or len(left) == 1
-        if protected or usage[expert_id] / total >= min_share:
-            continue
+    classes = classifier.classes_of()
+
+    def may_leave(expert_id: int, left: Sequence[int]) -> bool:
+        if expert_id in keep or expert_id == classifier.training_id:
+            return False
         others = {label for other in left if other != expert_id for label in classes.get(other, [])}
-        if lose_classes or set(classes.get(expert_id, [])) <= others:
-            left.remove(expert_id)
-            removed.append(expert_id)
+        return lose_classes or set(classes.get(expert_id, [])) <= others
+
+    removed = underused(pool.ids, usage, min_share, may_leave)
     if removed:
         classifier.layer.remove(removed)
     return removed
@@ -152,16 +144,18 @@ def merge_experts(
     mine, theirs = pool.record(keep), pool.record(drop)
     _check_merge(classifier, keep, drop, weights)
     assert isinstance(layer.router, FittedRouter)
-    rows = layer.router.merged_rows(_rows(pool, layer.namespace, keep), _rows(pool, layer.namespace, drop))
-    expert, head = _rows(pool, "expert", keep), _rows(pool, HEAD, keep)
+    rows = layer.router.merged_rows(expert_rows(pool, layer.namespace, keep), expert_rows(pool, layer.namespace, drop))
+    expert, head = expert_rows(pool, "expert", keep), expert_rows(pool, HEAD, keep)
     if weights == "average":
         counts = _num_observed(classifier, keep), _num_observed(classifier, drop)
         if not sum(counts):
             raise ValueError(f"the gate has observed neither {keep} nor {drop}: no counts to weigh their average by")
         share = counts[0] / sum(counts)
-        expert = _mean(expert, _rows(pool, "expert", drop), share)
+        expert = mean_rows(expert, expert_rows(pool, "expert", drop), share)
         head = join_rows(
-            head, _rows(pool, HEAD, drop), lambda a, b: _mean({name: a[name] for name in ("weight", "bias")}, b, share)
+            head,
+            expert_rows(pool, HEAD, drop),
+            lambda a, b: mean_rows({name: a[name] for name in ("weight", "bias")}, b, share),
         )
 
     # every refusal is behind us: from here on the pool changes
@@ -205,21 +199,10 @@ def _check_merge(classifier: PoolClassifier, keep: int, drop: int, weights: str)
         raise ValueError(f"experts of sizes {sizes[0]} and {sizes[1]} have no average")
 
 
-def _rows(pool: ExpertPool, namespace: str, expert_id: int) -> dict[str, Tensor]:
-    """Copies of one expert's rows in a namespace."""
-    rows = pool.namespace(namespace, [expert_id])
-    return {name: rows[name].detach().clone() for name in rows}
-
-
 def _num_observed(classifier: PoolClassifier, expert_id: int) -> float:
     """Samples that the gate has counted of an expert; 0 where it counts none."""
     rows = classifier.pool.namespace(classifier.layer.namespace, [expert_id])
     return float(rows["count"].sum()) if "count" in rows else 0.0
-
-
-def _mean(first: dict[str, Tensor], second: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    pairs = {name: (tensor.double(), second[name].double()) for name, tensor in first.items()}
-    return {name: (share * a + (1 - share) * b).to(first[name].dtype) for name, (a, b) in pairs.items()}
 
 
 @torch.no_grad()

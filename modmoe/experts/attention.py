@@ -20,6 +20,10 @@ class Projection(Expert):
         self.in_features = in_features
         self.out_features = out_features
 
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        return (self.name,)
+
     def sizes(self) -> dict[str, int]:
         return {}
 
@@ -46,6 +50,8 @@ class AttentionExpert(Expert):
         Zhang et al. 2022, mixture of attention heads (MoA).
     """
 
+    needs_sequence = True
+
     def __init__(self, in_features: int, head_features: int):
         if min(in_features, head_features) < 1:
             raise ValueError(f"every size of an expert must be at least 1, got {in_features} and {head_features}")
@@ -56,6 +62,10 @@ class AttentionExpert(Expert):
 
     def __repr__(self) -> str:
         return f"AttentionExpert({self.in_features}, {self.head_features})"
+
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        return self.output.output_rows
 
     def sizes(self) -> dict[str, int]:
         return {}

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch.nn.functional as F
@@ -46,11 +47,18 @@ class Expert(ABC):
         out_features: size of the output.
         one_by_one_on_cpu: True if the CPU computes one expert after the other faster than many at once, as it does
             convolutions (measured); ``backend="auto"`` asks.
+        needs_sequence: True if an output depends on the whole sequence, so that ``compute`` alone cannot give it.
     """
 
     one_by_one_on_cpu: ClassVar[bool] = False
+    needs_sequence: ClassVar[bool] = False
     in_features: int
     out_features: int
+
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        """Names of rows with which at 0 the output is 0 for every input; none if there are no such rows."""
+        return ()
 
     @abstractmethod
     def sizes(self) -> dict[str, int]:
@@ -67,6 +75,7 @@ class Expert(ABC):
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
     "tanh": F.tanh,

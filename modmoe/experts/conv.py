@@ -70,6 +70,11 @@ class ConvExpert(Expert):
     def __repr__(self) -> str:
         return f"ConvExpert({self.in_shape}, {self.channels}, {self.out_features})"
 
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        last = len(self.channels) - 1
+        return ("w_out", "b_out") if self.has_linear else (f"kernel_{last}", f"bias_{last}")
+
     def sizes(self) -> dict[str, int]:
         return {}
 

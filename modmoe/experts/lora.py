@@ -31,6 +31,10 @@ class LoRAExpert(Expert):
     def __repr__(self) -> str:
         return f"LoRAExpert({self.in_features}, {self.out_features}, rank={self.rank}, alpha={self.alpha})"
 
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        return ("b",)
+
     def sizes(self) -> dict[str, int]:
         return {"rank": self.rank}
 

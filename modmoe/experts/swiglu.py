@@ -33,6 +33,10 @@ class SwiGLUExpert(Expert):
     def __repr__(self) -> str:
         return f"SwiGLUExpert({self.in_features}, {self.hidden_features}, {self.out_features}, bias={self.bias})"
 
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        return ("w_out", "b_out") if self.bias else ("w_out",)
+
     def sizes(self) -> dict[str, int]:
         return {"hidden_features": self.hidden_features}
 

@@ -12,6 +12,8 @@ from modmoe.growable import RowSpec
 from modmoe.pool import ExpertPool, Preserving, Rows
 from modmoe.routing import Routing
 
+Scope = Literal["token", "sequence", "batch"]
+
 
 class Noisy(NamedTuple):
     """Logits (T, E) that noise was added to, and its standard deviation (T, E)."""
@@ -36,8 +38,8 @@ class Router(nn.Module, ABC):
     """(x, rows) -> Routing. It keeps neither the pool nor rows: the layer passes them.
 
     Attributes:
-        scope: what it decides on at once: "token", "sequence" or "batch".
-        causal: True if a token's routing does not depend on later tokens.
+        form: what it decides: "choices", K experts for each token; "triples", any number; "slots", mixtures of tokens
+            (a SlotRouting); "merges", mixtures of experts (a MergedRouting).
         needs_ids: what the ``ids`` of a call hold: "token" or "domain"; None where there are none.
         shared_parts: names of its own parameters that all experts share; ``freeze()`` without ids freezes them too.
         in_features: size of the input.
@@ -46,13 +48,27 @@ class Router(nn.Module, ABC):
             changes it; False if only the experts that are open together with it may change it.
     """
 
-    scope: ClassVar[Literal["token", "sequence", "batch"]] = "token"
-    causal: ClassVar[bool] = True
+    form: ClassVar[Literal["choices", "triples", "slots", "merges"]] = "choices"
     needs_ids: ClassVar[Literal["token", "domain"] | None] = None
     shared_parts: ClassVar[tuple[str, ...]] = ()
     separate_scores: ClassVar[bool] = True
     in_features: int
     capacity: Capacity | None = None
+
+    @property
+    def scope(self) -> Scope:
+        """What it decides on at once: who is beyond a capacity is decided for the whole batch."""
+        return "token" if self.capacity is None else "batch"
+
+    @property
+    def causal(self) -> bool:
+        """True if a token's routing does not depend on later tokens; a capacity depends on how many there are."""
+        return self.capacity is None
+
+    @property
+    def stochastic(self) -> bool:
+        """True if it draws random numbers in training; in evaluation none does."""
+        return False
 
     @abstractmethod
     def row_specs(self) -> dict[str, RowSpec]:
@@ -60,7 +76,7 @@ class Router(nn.Module, ABC):
 
     @property
     def preserving_growth(self) -> Preserving | None:
-        """How a copied expert keeps the layer's function, see ``ExpertPool.declare``; None where nothing does."""
+        """How an added expert keeps the layer's function, see ``ExpertPool.declare``; None where nothing does."""
         return None
 
     @property

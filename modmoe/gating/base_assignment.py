@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from modmoe.gating.base import Assignment, Router, at_least_float32
+from modmoe.gating.base import Assignment, Router, Scope, at_least_float32
 from modmoe.gating.token_choice import GATE_STD
 from modmoe.growable import Init, RowSpec
 from modmoe.pool import Rows
@@ -31,12 +31,17 @@ class BaseAssignmentRouter(Router):
         Lewis et al. 2021, equations 1 to 3. Theirs solves by auction, and asks for E to divide T.
     """
 
-    scope = "batch"
-    causal = False
-
     def __init__(self, in_features: int):
         super().__init__()
         self.in_features = in_features
+
+    @property
+    def scope(self) -> Scope:
+        return "batch"
+
+    @property
+    def causal(self) -> bool:
+        return False
 
     def row_specs(self) -> dict[str, RowSpec]:
         return {"weight": RowSpec((self.in_features,), Init("normal", std=GATE_STD))}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modmoe.gating.base import Assignment, Router, at_least_float32
+from modmoe.gating.base import Assignment, Router, Scope, at_least_float32
 from modmoe.gating.token_choice import GATE_STD
 from modmoe.growable import Init, RowSpec
 from modmoe.pool import Rows
@@ -31,8 +31,7 @@ class ExpertChoiceRouter(Router):
         Zhou et al. 2022, equations 1 and 2. Theirs divides evenly; here C is rounded up.
     """
 
-    scope = "batch"
-    causal = False
+    form = "triples"
 
     def __init__(self, in_features: int, capacity_factor: float = 2.0):
         super().__init__()
@@ -40,6 +39,14 @@ class ExpertChoiceRouter(Router):
             raise ValueError(f"capacity_factor must be positive, got {capacity_factor}")
         self.in_features = in_features
         self.capacity_factor = capacity_factor
+
+    @property
+    def scope(self) -> Scope:
+        return "batch"
+
+    @property
+    def causal(self) -> bool:
+        return False
 
     def row_specs(self) -> dict[str, RowSpec]:
         return {"weight": RowSpec((self.in_features,), Init("normal", std=GATE_STD))}

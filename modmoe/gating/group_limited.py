@@ -8,7 +8,7 @@ from torch import Tensor
 from modmoe.gating.base import adjustable_experts
 from modmoe.gating.token_choice import TopKRouter
 from modmoe.growable import GrowableBuffer, Init, RowSpec
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool, Preserving, Rows
 from modmoe.routing import Routing
 
 
@@ -42,6 +42,11 @@ class GroupLimitedRouter(TopKRouter):
         self.num_groups = num_groups
         self.top_groups = top_groups
         self.routed_scaling = routed_scaling
+
+    @property
+    def preserving_growth(self) -> Preserving | None:
+        # a copy has another id: it would raise the score of a group, and so move tokens of other experts
+        return super().preserving_growth if self.top_groups == self.num_groups else None
 
     def groups(self, rows: Rows) -> Tensor:
         """(E,) int64: each expert's group, by position."""
@@ -113,7 +118,8 @@ class DeepSeekV3Router(GroupLimitedRouter):
 
     of the experts that are live and were open to some real token: frozen ones neither move nor count. A group is as
     good as the sum of its two best s + b. With k = 1 a normalised weight would be constant and give the gate no
-    gradient: it is routed_scaling * s_i then.
+    gradient: unless ``renormalize=True`` is asked for, it is routed_scaling * s_i then. If it is asked for, the weight
+    is exactly routed_scaling and its gradient that of routed_scaling * log s_i (straight-through).
 
     In bfloat16 steps of 1e-3 are lost on a bias above .25: keep the gate in float32.
 
@@ -124,6 +130,7 @@ class DeepSeekV3Router(GroupLimitedRouter):
         top_groups: M.
         routed_scaling: 2.5 in the paper.
         update_rate: u.
+        renormalize: whether to divide by the sum of the selected s; None for True with k > 1 and False with k = 1.
     Raises:
         ValueError: see GroupLimitedRouter; or on a negative update_rate.
     Source:
@@ -138,20 +145,23 @@ class DeepSeekV3Router(GroupLimitedRouter):
         top_groups: int = 1,
         routed_scaling: float = 1.0,
         update_rate: float = 1e-3,
+        renormalize: bool | None = None,
     ):
         super().__init__(in_features, top_k, num_groups, top_groups, routed_scaling)
         if update_rate < 0:
             raise ValueError(f"update_rate must be at least 0, got {update_rate}")
         self.update_rate = update_rate
+        self.renormalize = renormalize
 
     def row_specs(self) -> dict[str, RowSpec]:
         return {**super().row_specs(), "selection_bias": RowSpec((), Init("constant"), trainable=False)}
 
     @property
     def weight_sum(self) -> str:
-        if self.routed_scaling == 1 and self.top_k > 1:
+        normalized = self._renormalizes(self.top_k)
+        if self.routed_scaling == 1 and normalized:
             return "1"
-        return "<= 1" if self.routed_scaling <= 1 else "any"
+        return "<= 1" if self.routed_scaling <= 1 and (normalized or self.top_k == 1) else "any"
 
     def group_scores(self, members: Tensor) -> Tensor:
         best = members.topk(min(2, members.shape[2]), dim=2).values
@@ -167,8 +177,9 @@ class DeepSeekV3Router(GroupLimitedRouter):
         biased = (scores + rows["selection_bias"].to(scores.dtype)).masked_fill(logits == -torch.inf, -torch.inf)
         values, choices = self.limit(biased.detach(), rows).topk(k, dim=1)
         weights = scores.gather(1, choices).masked_fill(values == -torch.inf, 0.0)
-        if k > 1:
-            weights = weights / weights.sum(1, keepdim=True).clamp(min=tiny)
+        if self._renormalizes(k):
+            total = weights.detach() if k == 1 else weights.sum(1, keepdim=True)
+            weights = weights / total.clamp(min=tiny)
         return choices, weights * self.routed_scaling, scores / scores.sum(1, keepdim=True).clamp(min=tiny)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from modmoe.gating.base import at_least_float32, require_served
+from modmoe.gating.base import Scope, at_least_float32, require_served
 from modmoe.gating.blended import check_tokens, dense_triples, kept_pairs, sequence_shape
 from modmoe.gating.token_choice import DenseRouter
 from modmoe.pool import Rows
@@ -21,7 +21,11 @@ class MergingRouter(DenseRouter):
     ``init="copy"`` is exact, as in a dense router.
     """
 
-    scope = "sequence"
+    form = "merges"
+
+    @property
+    def scope(self) -> Scope:
+        return "sequence"
 
     @abstractmethod
     def sources(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +98,9 @@ class SmearRouter(MergingRouter):
         Muqeeth et al. 2023 (SMEAR). Their expert dropout and their layer norm before the router are left to the host.
     """
 
-    causal = False
+    @property
+    def causal(self) -> bool:
+        return False
 
     def sources(self, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         count = real.sum(1).clamp(min=1).unsqueeze(1)

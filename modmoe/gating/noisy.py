@@ -34,6 +34,10 @@ class NoisyTopKRouter(TopKRouter):
     def __init__(self, in_features: int, top_k: int = 2, capacity: Capacity | None = None):
         super().__init__(in_features, top_k, capacity=capacity)
 
+    @property
+    def stochastic(self) -> bool:
+        return True
+
     def row_specs(self) -> dict[str, RowSpec]:
         return {"weight": RowSpec((self.in_features,)), "noise": RowSpec((self.in_features,))}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from modmoe.gating.base import Router, adjustable_experts, at_least_float32, open_pairs
 from modmoe.gating.token_choice import GATE_STD
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool, Preserving, Rows
 from modmoe.routing import Routing
 
 L1_START = 1e-8
@@ -27,7 +27,7 @@ class ReLURouter(Router):
 
     and of ``layer.update_router()`` after it, which multiplies the coefficient by 1.2 if less than the share 1 - k/E
     of the weights is 0, and divides it by 1.2 otherwise. Both run over live experts that are open: give the loss
-    these as ``open_experts``.
+    these as ``open_experts``. An expert's weight is its own affair: growth with ``init="zero"`` is exact.
 
     Args:
         in_features: D.
@@ -65,6 +65,10 @@ class ReLURouter(Router):
     @property
     def weight_sum(self) -> str:
         return "any"
+
+    @property
+    def preserving_growth(self) -> Preserving:
+        return "zero"
 
     def num_active(self, num_experts: int) -> int:
         return min(self.top_k, num_experts)

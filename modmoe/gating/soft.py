@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modmoe.gating.base import Router, at_least_float32
+from modmoe.gating.base import Router, Scope, at_least_float32
 from modmoe.gating.blended import check_tokens, dense_triples, kept_pairs, sequence_shape
 from modmoe.growable import Init, RowSpec
 from modmoe.pool import Rows
@@ -34,8 +34,7 @@ class SoftRouter(Router):
         Puigcerver et al. 2023, algorithms 1 and 2.
     """
 
-    scope = "sequence"
-    causal = False
+    form = "slots"
     shared_parts = ("scale",)
 
     def __init__(self, in_features: int, slots: int = 1):
@@ -45,6 +44,14 @@ class SoftRouter(Router):
         self.in_features = in_features
         self.slots = slots
         self.scale = nn.Parameter(torch.ones(()))
+
+    @property
+    def scope(self) -> Scope:
+        return "sequence"
+
+    @property
+    def causal(self) -> bool:
+        return False
 
     def row_specs(self) -> dict[str, RowSpec]:
         # only a row's direction counts

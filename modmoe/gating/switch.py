@@ -34,6 +34,10 @@ class SwitchRouter(TopKRouter):
             raise ValueError(f"jitter_eps must be in [0, 1), got {jitter_eps}")
         self.jitter_eps = jitter_eps
 
+    @property
+    def stochastic(self) -> bool:
+        return self.jitter_eps > 0
+
     def jitter(self, x: Tensor) -> Tensor:
         x = at_least_float32(x)
         return x * torch.empty_like(x).uniform_(1 - self.jitter_eps, 1 + self.jitter_eps)
@@ -57,6 +61,10 @@ class GShardRouter(TopKRouter):
 
     def __init__(self, in_features: int, capacity: Capacity | None = GSHARD_CAPACITY):
         super().__init__(in_features, 2, capacity=capacity)
+
+    @property
+    def stochastic(self) -> bool:
+        return True
 
     @property
     def weight_sum(self) -> str:

@@ -105,6 +105,51 @@ def test_v3_with_one_expert_weighs_by_its_score(identity_layer):
     assert [DeepSeekV3Router(2, k).weight_sum for k in (1, 2)] == ["<= 1", "1"]
 
 
+def test_v3_without_normalisation_by_hand(identity_layer):
+    routing = identity_layer(DeepSeekV3Router(3, 2, routed_scaling=2.0, renormalize=False)).route(logit(0.6, 0.2, 0.9))
+    assert routing.choices.tolist() == [[2, 0]]
+    assert_close(routing.weight, torch.tensor([1.8, 1.2]))  # 2 * .9 and 2 * .6
+
+
+def test_v3_with_one_normalised_expert_weighs_exactly_the_scale_and_learns(identity_layer, row_gradient):
+    # w = 3 s / const(s): dw/dlogit = 3 (1 - s), here 3 * .4; x is the logit of .6, the rows are the identity
+    layer = identity_layer(DeepSeekV3Router(2, 1, routed_scaling=3.0, renormalize=True), 2)
+    x = logit(0.6, 0.3)
+    weight = layer.route(x).weight
+    assert weight.tolist() == [3.0]
+    weight.sum().backward()
+    assert_close(row_gradient(layer), torch.stack([1.2 * x[0], torch.zeros(2)]))
+
+
+@pytest.mark.parametrize(
+    ("k", "scaling", "renormalize", "declared"),
+    [
+        (2, 1.0, None, "1"),
+        (1, 1.0, True, "1"),
+        (1, 1.0, None, "<= 1"),
+        (2, 0.5, True, "<= 1"),
+        (2, 1.0, False, "any"),  # .9 + .9
+        (1, 2.0, True, "any"),
+    ],
+)
+def test_v3_declares_what_its_weights_add_up_to(k, scaling, renormalize, declared, identity_layer):
+    router = DeepSeekV3Router(2, k, routed_scaling=scaling, renormalize=renormalize)
+    assert router.weight_sum == declared
+    total = identity_layer(router, 2).route(logit(0.9, 0.9)).weight.sum().item()
+    assert {"1": total == 1, "<= 1": total < 1, "any": total > 1}[declared]
+
+
+def test_a_copy_keeps_the_function_only_where_groups_limit_nothing(identity_layer):
+    layer = identity_layer(DeepSeekV3Router(3, 1, num_groups=2, top_groups=2, renormalize=True))
+    x = torch.randn(50, 3)
+    before = layer(x)
+    layer.add_experts(1, init="copy", source=0)
+    assert_close(layer(x), before)
+    limited = identity_layer(DeepSeekV3Router(3, 1, num_groups=2, renormalize=True))
+    with pytest.raises(ValueError, match="init='copy' cannot keep the layer's function"):
+        limited.add_experts(1, init="copy", source=0)
+
+
 # -- the bias ----------------------------------------------------------------------------------------------------------
 
 
