@@ -87,12 +87,17 @@ class MoAttention(MoELayer):
             NonFiniteError: on a non-finite input or score.
         """
         routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
-        return combine(self.compute(x, routing), routing).view(x.shape)
+        return self.mix(x, routing)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The output of each assignment's head, not weighted: (..., S, D) -> (N, D), zero where dropped."""
-        flat, groups = self._kernel_inputs(x, routing)
+        flat = self._tokens(x, routing)
+        groups = [group.to(flat.dtype) for group in self.pool.groups()]
         return self._heads(flat.view(x.shape), routing, groups, self.backend)
+
+    def mix(self, x: Tensor, routing: Routing) -> Tensor:
+        """What the routed heads give together, by a routing of x: (..., S, D) -> (..., S, D), zero in padding."""
+        return combine(self.compute(x, routing), routing).view(x.shape)
 
     def expert_output(self, expert_id: int, x: Tensor) -> Tensor:
         """One head's own output for every token of x, whatever the router says: (..., S, D) -> (..., S, D)."""

@@ -11,8 +11,8 @@ from modmoe.gating.base import Router
 from modmoe.gating.fitted import FittedRouter
 from modmoe.kernels.blended import run_blended
 from modmoe.kernels.reference import run_reference
-from modmoe.kernels.select import BACKENDS, Backend, combine, compute_assignments
-from modmoe.pool import ExpertPool, Group, Growth, Task
+from modmoe.kernels.select import BACKENDS, Backend, compute_assignments, compute_output
+from modmoe.pool import ExpertPool, Growth, Task
 from modmoe.routing import MergedRouting, Routing, SlotRouting
 
 
@@ -23,11 +23,11 @@ class MoELayer(nn.Module):
         pool: the experts. Several layers may stand on one pool; each has its own gate rows.
         router: scores and selects.
         shared_expert: a module that every token passes through besides; its output is added.
-        backend: "auto", or one of "reference", "dense", "bmm", "grouped".
+        backend: "auto", or one of "reference", "dense", "bmm", "grouped", "fused".
         namespace: the name of the gate rows on the pool; None for "gate", "gate_2", ...
     Raises:
-        ValueError: on an unknown backend, experts that need another kind of layer, a router whose size is not the
-            experts', or a top_k above the pool's size.
+        ValueError: on an unknown backend or one that cannot compute these experts, experts that need another kind of
+            layer, a router whose size is not the experts', or a top_k above the pool's size.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class MoELayer(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend '{backend}', choose one of {BACKENDS}")
         self.check_pair(router, pool.expert)
+        if backend == "fused" and pool.expert.two_layers() is None:
+            raise ValueError(f"the fused backend computes experts of two layers, and {pool.expert} has others")
         if router.in_features != pool.expert.in_features:
             raise ValueError(
                 f"the router takes {router.in_features} features, the experts take {pool.expert.in_features}"
@@ -94,11 +96,7 @@ class MoELayer(nn.Module):
             NonFiniteError: on a non-finite input or score.
         """
         routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
-        if isinstance(routing, SlotRouting | MergedRouting):
-            y = run_blended(*self._kernel_inputs(x, routing), self.pool.expert, routing, self.backend)
-        else:
-            y = combine(self.compute(x, routing), routing)
-        y = y.view(*x.shape[:-1], y.shape[1])
+        y = self.mix(x, routing)
         if self.shared_expert is not None:
             # zeros go in as well: a NaN in padding would reach the gradients as 0 * NaN
             shared = self.shared_expert(x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)))
@@ -133,16 +131,27 @@ class MoELayer(nn.Module):
         self._keep(routing)
         return routing
 
+    def mix(self, x: Tensor, routing: Routing) -> Tensor:
+        """What the routed experts give together, by a routing of x: (..., D) -> (..., D_out), zero in padding."""
+        flat = self._tokens(x, routing)
+        if isinstance(routing, SlotRouting | MergedRouting):
+            groups = [group.to(flat.dtype) for group in self.pool.groups()]
+            y = run_blended(flat, groups, self.pool.expert, routing, self.backend)
+        else:
+            y = compute_output(self.pool, flat, routing, self.backend)
+        return y.view(*x.shape[:-1], y.shape[1])
+
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped.
 
         Slots and merged experts are no sum of these: of them, forward alone gives the output.
         """
-        flat, groups = self._kernel_inputs(x, routing)
+        flat = self._tokens(x, routing)
+        groups = [group.to(flat.dtype) for group in self.pool.groups()]
         return compute_assignments(groups, self.pool.expert, flat, routing, self.backend)
 
-    def _kernel_inputs(self, x: Tensor, routing: Routing) -> tuple[Tensor, list[Group]]:
-        """(T, D) tokens, zero in padding, and the groups of experts, in the dtype that kernels compute in."""
+    def _tokens(self, x: Tensor, routing: Routing) -> Tensor:
+        """(T, D) the tokens, zero in padding, in the dtype that kernels compute in."""
         self._check_dtype(x)
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != routing.num_tokens or self.pool.num_experts != routing.num_experts:
@@ -152,12 +161,8 @@ class MoELayer(nn.Module):
             )
         if routing.mask is not None:
             flat = torch.where(routing.mask.unsqueeze(1), flat, torch.zeros_like(flat))
-        groups = self.pool.groups()
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            flat = flat.to(dtype)
-            groups = [group.to(dtype) for group in groups]
-        return flat, groups
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return flat.to(torch.get_autocast_dtype(x.device.type)) if autocast else flat
 
     def _check_dtype(self, x: Tensor) -> None:
         rows = self.pool.namespace("expert")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -55,6 +55,8 @@ class Group:
 
     def to(self, dtype: torch.dtype) -> "Group":
         """The same group with its tensors in another dtype; gradients flow back."""
+        if all(tensor.dtype == dtype for tensor in self.tensors.values()):
+            return self
         return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
 
@@ -169,22 +171,33 @@ class ExpertPool(nn.Module):
 
     def groups(self) -> list[Group]:
         """The experts as kernel-ready groups; live cohorts of equal sizes are joined, frozen banks used in place."""
+        return self._grouped(lambda bank, record: tuple(sorted(record.sizes.items())))
+
+    def banks(self) -> list[Group]:
+        """The experts as groups whose tensors are the parameters and buffers themselves: no copy, more groups.
+
+        The one exception: frozen experts of unequal sizes share a bank of the rows that have equal shapes, of which
+        their groups hold copies.
+        """
+        return self._grouped(lambda bank, record: bank)
+
+    def _grouped(self, key: Callable[[int, ExpertRecord], Hashable]) -> list[Group]:
+        """Groups of the experts with equal keys, given the number of an expert's bank and its line in the book."""
         growables = self._growables("expert")
-        first = next(iter(growables.values()))
-        members: dict[tuple, list[int]] = {}
-        for _, rows, frozen in first.banks():
+        largest = max(growables.values(), key=lambda growable: len(growable.banks()))  # the most finely divided
+        members: dict[tuple[Hashable, bool], list[int]] = {}
+        for number, (_, rows, frozen) in enumerate(largest.banks()):
             for row in rows:
-                key = (frozen, tuple(sorted(self._book[row.owner].sizes.items())))
-                members.setdefault(key, []).append(row.owner)
+                members.setdefault((key(number, self._book[row.owner]), frozen), []).append(row.owner)
         position = {expert_id: index for index, expert_id in enumerate(self.ids)}
         return [
             Group(
                 ids=tuple(ids),
                 positions=tuple(position[expert_id] for expert_id in ids),
-                frozen=key[0],
+                frozen=frozen,
                 tensors={name: growable.stack(ids) for name, growable in growables.items()},
             )
-            for key, ids in members.items()
+            for (_, frozen), ids in members.items()
         ]
 
     # -- namespaces --------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +40,22 @@ class ExpertOps(Protocol):
         ...
 
 
+class TwoLayers(NamedTuple):
+    """f(x) = act(x W_1 + b_1, x W_2 + b_2, ...) W_out + b_out: what the fused backends compute.
+
+    Args:
+        inner: the names of W and b for each argument of the map; None for no bias.
+        outer: the names of W_out and b_out.
+        activate: the elementwise map of the inner products, all (..., H), to (..., H).
+        gradient: of the map: the gradient of its output and the inner products -> the gradients of these.
+    """
+
+    inner: tuple[tuple[str, str | None], ...]
+    outer: tuple[str, str | None]
+    activate: Callable[..., Tensor]
+    gradient: Callable[..., tuple[Tensor, ...]]
+
+
 class Expert(ABC):
     """An expert kind: a description without tensors, shared by all experts of a pool.
 
@@ -68,9 +85,19 @@ class Expert(ABC):
     def row_specs(self) -> dict[str, RowSpec]:
         """The rows that each expert owns, by name; each expert owns exactly one of each."""
 
-    @abstractmethod
+    def two_layers(self) -> "TwoLayers | None":
+        """The experts' function as two matrix products with an elementwise map between; None if it is no such."""
+        return None
+
     def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
-        """The experts' function in the operations of a backend: (..., in_features) -> (..., out_features)."""
+        """The experts' function in the operations of a backend: (..., in_features) -> (..., out_features).
+
+        Kinds that are no two layers override it.
+        """
+        layers = self.two_layers()
+        if layers is None:
+            raise NotImplementedError(f"{type(self).__name__} says neither two_layers nor compute")
+        return ops.linear(layers.activate(*(ops.linear(x, *names) for names in layers.inner)), *layers.outer)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -79,6 +106,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
     "tanh": F.tanh,
+}
+
+
+def silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of F.silu at x, given that of its output; differentiable itself, which aten's is not."""
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(grad, x)
+    gate = x.sigmoid()
+    return grad * gate * (1 + x * (1 - gate))
+
+
+# the gradients of these, given that of the output and the input
+ACTIVATION_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "silu": silu_gradient,
+    "tanh": lambda grad, x: torch.ops.aten.tanh_backward(grad, x.tanh()),
 }
 
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from modmoe.experts.base import Expert, ExpertOps
+from modmoe.experts.base import Expert, TwoLayers
 from modmoe.growable import Init, RowSpec
 
 
@@ -44,6 +44,8 @@ class LoRAExpert(Expert):
             "b": RowSpec(("rank", self.out_features), Init("constant")),
         }
 
-    def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
-        low = ops.linear(x, "a")
-        return ops.linear(low * (self.alpha / low.shape[-1]), "b")  # the cohort's own rank, not the description's
+    def two_layers(self) -> TwoLayers:
+        def scaled(low: Tensor) -> Tensor:
+            return low * (self.alpha / low.shape[-1])  # the cohort's own rank, not the description's
+
+        return TwoLayers((("a", None),), ("b", None), scaled, lambda grad, low: (scaled(grad),))

@@ -1,8 +1,6 @@
 """The two-layer MLP expert."""
 
-from torch import Tensor
-
-from modmoe.experts.base import ACTIVATIONS, Expert, ExpertOps, check_activation
+from modmoe.experts.base import ACTIVATION_GRADIENTS, ACTIVATIONS, Expert, TwoLayers, check_activation
 from modmoe.growable import Init, RowSpec
 
 
@@ -56,7 +54,11 @@ class MLPExpert(Expert):
         }
         return {name: spec for name, spec in specs.items() if self.bias or name.startswith("w_")}
 
-    def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
-        b_in, b_out = ("b_in", "b_out") if self.bias else (None, None)
-        hidden = ACTIVATIONS[self.activation](ops.linear(x, "w_in", b_in))
-        return ops.linear(hidden, "w_out", b_out)
+    def two_layers(self) -> TwoLayers:
+        gradient = ACTIVATION_GRADIENTS[self.activation]
+        return TwoLayers(
+            inner=(("w_in", "b_in" if self.bias else None),),
+            outer=("w_out", "b_out" if self.bias else None),
+            activate=ACTIVATIONS[self.activation],
+            gradient=lambda grad, x: (gradient(grad, x),),
+        )

@@ -1,9 +1,8 @@
 """The gated MLP expert of Mixtral, Qwen and DeepSeek."""
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from modmoe.experts.base import Expert, ExpertOps
+from modmoe.experts.base import Expert, TwoLayers, silu_gradient
 from modmoe.growable import Init, RowSpec
 
 
@@ -53,7 +52,11 @@ class SwiGLUExpert(Expert):
             specs["b_out"] = RowSpec((self.out_features,), fan_hidden)
         return specs
 
-    def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
+    def two_layers(self) -> TwoLayers:
         b_gate, b_in, b_out = ("b_gate", "b_in", "b_out") if self.bias else (None, None, None)
-        hidden = F.silu(ops.linear(x, "w_gate", b_gate)) * ops.linear(x, "w_in", b_in)
-        return ops.linear(hidden, "w_out", b_out)
+        return TwoLayers(
+            inner=(("w_gate", b_gate), ("w_in", b_in)),
+            outer=("w_out", b_out),
+            activate=lambda gate, x: F.silu(gate) * x,
+            gradient=lambda grad, gate, x: (silu_gradient(grad * x, gate), grad * F.silu(gate)),
+        )

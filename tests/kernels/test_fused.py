@@ -1,0 +1,248 @@
+"""The fused backend: what it reads in place, what it does not compute, and its sorted products by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modmoe import ConvExpert, ExpertPool, MLPExpert, MoELayer, Routing, TopKRouter, sync_optimizer
+from modmoe.kernels.fused import Layout, dispatch, run_fused, split_runs
+from modmoe.kernels.runs import Run, bias_gradient, outer_product, product
+from modmoe.kernels.select import compute_output
+
+D, H = 8, 16
+PRODUCT = 2 * D * H  # FLOPs of one assignment through one of an expert's two matrices
+
+
+class Ops(TorchDispatchMode):
+    """Counts what runs: the FLOPs of matrix products, and the elements that torch.cat copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.copied = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "_grouped_mm"):
+            a, b = args[1:3] if name == "addmm" else args[:2]
+            self.flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        if name == "cat":
+            self.copied += sum(tensor.numel() for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def pool_of(cohorts: int, each: int = 1) -> ExpertPool:
+    torch.manual_seed(0)
+    pool = ExpertPool(MLPExpert(D, H), each)
+    for _ in range(cohorts - 1):
+        pool.add_experts(each)
+    return pool
+
+
+def routing_of(pool: ExpertPool, num_tokens: int, top_k: int = 2) -> Routing:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(num_tokens, pool.num_experts, generator=generator)
+    weight, expert = scores.topk(top_k)
+    return Routing(
+        token_index=torch.arange(num_tokens).repeat_interleave(top_k),
+        expert_index=expert.reshape(-1),
+        weight=weight.reshape(-1).requires_grad_(),
+        num_tokens=num_tokens,
+        num_experts=pool.num_experts,
+        logits=scores,
+        probs=scores,
+        top_k=top_k,
+        has_drops=False,
+    )
+
+
+# -- by hand -------------------------------------------------------------------------------------------------------
+
+
+def test_dispatch_by_hand():
+    # banks hold the experts at the positions (2, 0) and (1,)
+    layout = Layout(MLPExpert(1, 1).two_layers(), ("w",), ((2, 0), (1,)), ((0, 1), (1, 2)))
+    token, expert = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 0, -1, 2])
+    plan = dispatch(layout, token, expert)
+    # sorted: position 2 (tokens 0 and 2), position 0 (token 1), position 1 (token 0); the fourth was dropped
+    assert plan.token.tolist() == [0, 2, 1, 0]
+    assert plan.source.tolist() == [1, 4, 2, 0]
+    assert plan.expert.tolist() == [0, 0, 1, 2]
+    assert plan.counts.tolist() == [2, 1, 1]
+    first, second = split_runs(layout, plan)
+    assert (first.start, first.stop, first.counts, first.sizes) == (0, 3, [2, 1], (2,))
+    assert (second.start, second.stop, second.counts, second.sizes) == (3, 4, [1], (1,))
+    assert first.expert.tolist() == [0, 0, 1]
+    assert second.expert.tolist() == [0]
+
+
+@pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_sorted_products_by_hand(sizes, grad_mode):
+    w = torch.tensor([[[2.0]], [[3.0]], [[5.0]]]).split(sizes)
+    b = torch.tensor([[10.0], [20.0], [30.0]]).split(sizes)
+    x = torch.tensor([[1.0], [2.0], [7.0]])
+    run = Run(0, [2, 0, 1], tuple(sizes), torch.tensor([0, 0, 2]))
+    with torch.set_grad_enabled(grad_mode):
+        assert product(x, w, run).flatten().tolist() == [2.0, 4.0, 35.0]
+        assert product(x, w, run, b).flatten().tolist() == [12.0, 14.0, 65.0]
+        assert product(x, w, run, transposed=True).flatten().tolist() == [2.0, 4.0, 35.0]
+        grads = outer_product(x, torch.tensor([[1.0], [10.0], [100.0]]), run, [True] * len(sizes))
+        # 1 * 1 + 2 * 10 = 21; nothing; 7 * 100
+        assert torch.cat(grads).flatten().tolist() == [21.0, 0.0, 700.0]
+        sums = bias_gradient(torch.tensor([[1.0], [10.0], [100.0]]), run, [True] * len(sizes))
+        assert torch.cat(sums).flatten().tolist() == [11.0, 0.0, 100.0]
+
+
+def test_what_is_not_wanted_is_not_computed():
+    x, run = torch.ones(3, 4), Run(0, [2, 0, 1], (2, 1), torch.tensor([0, 0, 2]))
+    first, second = outer_product(x, x, run, [False, True])
+    assert first is None
+    assert second is not None
+    assert bias_gradient(x, run, [True, False])[1] is None
+
+
+# -- against the loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [None, 2])
+def test_many_cohorts_frozen_ones_and_drops(order):
+    pool = pool_of(4, each=2)
+    pool.freeze([1, 4, 5])
+    pool.add_experts(1, hidden_features=5)
+    x = torch.randn(30, D, requires_grad=True)
+    routing = routing_of(pool, 30)
+    routing.expert_index[::5] = -1
+    routing.has_drops = True
+    if order is None:  # in no order at all
+        shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(2))
+        for name in ("token_index", "expert_index", "weight"):
+            setattr(routing, name, getattr(routing, name).detach()[shuffled])
+        routing.weight.requires_grad_()
+        routing.top_k = None
+    found = []
+    for backend in ("reference", "fused"):
+        y = compute_output(pool, x, routing, backend)
+        inputs = [x, routing.weight, *pool.parameters()]
+        found.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)])
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_it_trains_as_the_loop_does():
+    losses = []
+    for backend in ("reference", "fused"):
+        torch.manual_seed(0)
+        layer = MoELayer(pool_of(3), TopKRouter(D, 2), backend=backend)
+        layer.freeze([0])
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+        sync_optimizer(optimizer, layer)
+        x = torch.randn(40, D, generator=torch.Generator().manual_seed(3))
+        for _ in range(20):
+            loss = (layer(x) - x.flip(0)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -- what it saves -------------------------------------------------------------------------------------------------
+
+
+def test_banks_are_the_tensors_themselves():
+    pool = pool_of(3, each=2)
+    pool.freeze([0, 1])
+    pool.add_experts(1, hidden_features=5)
+    banks = pool.banks()
+    assert [bank.ids for bank in banks] == [(2, 3), (4, 5), (0, 1), (6,)]
+    assert sorted(p for bank in banks for p in bank.positions) == list(range(7))
+    own = {tensor.data_ptr() for tensor in pool.state_dict().values()}
+    assert all(tensor.data_ptr() in own for bank in banks for tensor in bank.tensors.values())
+    assert [bank.frozen for bank in banks] == [False, False, True, False]
+
+
+def test_no_weight_is_copied_however_many_cohorts_there_are():
+    pool = pool_of(16)
+    weights = sum(bank.tensors["w_in"].numel() for bank in pool.banks())
+    x, routing = torch.randn(4, D, requires_grad=True), routing_of(pool, 4)
+    with Ops() as ops:
+        compute_output(pool, x, routing, "fused").sum().backward()
+    assert ops.copied < weights / 2  # biases alone
+    with Ops() as joined:
+        compute_output(pool, x, routing, "grouped").sum().backward()
+    assert joined.copied >= 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("frozen", "x_grad", "weight_grad", "expected"),
+    [
+        # per assignment: two products for the rows' gradients, and two to carry the gradient back to the input
+        (0, True, True, 4 * 80),
+        (9, True, True, 4 * 8 + 2 * 72),
+        (10, True, True, 2 * 80),
+        # without an input gradient: frozen assignments take part in their weight's gradient only
+        (9, False, True, 3 * 8 + 72),
+        (9, False, False, 3 * 8),
+        (10, False, True, 80),
+        (10, True, False, 2 * 80),
+    ],
+)
+def test_the_cost_of_a_backward_pass(frozen, x_grad, weight_grad, expected):
+    pool = pool_of(1, each=10)
+    pool.freeze(pool.ids[:frozen])
+    routing = Routing.assigned(torch.arange(80) % 10, 10)
+    routing.weight.requires_grad_(weight_grad)
+    y = run_fused(pool.banks(), pool.expert, torch.randn(80, D, requires_grad=x_grad), routing)
+    with Ops() as ops:
+        y.sum().backward()
+    assert ops.flops == expected * PRODUCT
+
+
+def test_what_is_saved_for_the_backward_pass():
+    """The input, the weights, and each assignment's two hidden values: no expert's output, no copy of a token."""
+    pool, num_tokens = pool_of(1, each=4), 1000
+    x, routing = torch.randn(num_tokens, D, requires_grad=True), routing_of(pool, num_tokens)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute_output(pool, x, routing, "fused")
+    rows = sum(tensor.numel() for bank in pool.banks() for tensor in bank.tensors.values())
+    assert sum(saved.values()) == x.numel() + 2 * num_tokens + rows + 2 * (2 * num_tokens * H)
+
+
+def test_a_weight_that_was_changed_between_forward_and_backward_is_noticed():
+    pool = pool_of(2)
+    y = compute_output(pool, torch.randn(6, D), routing_of(pool, 6), "fused")
+    with torch.no_grad():
+        pool.banks()[0].tensors["w_out"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_kinds_that_are_no_two_layers_are_refused():
+    pool = ExpertPool(ConvExpert((1, 4, 4), (2,)))
+    with pytest.raises(ValueError, match=r"fused backend computes experts of two layers, and ConvExpert"):
+        MoELayer(pool, TopKRouter(16, 1), backend="fused")
+    with pytest.raises(ValueError, match="of two layers"):
+        run_fused(pool.banks(), pool.expert, torch.randn(2, 16), Routing.assigned(torch.zeros(2, dtype=torch.int64), 1))
+
+
+def test_bfloat16_is_as_close_as_the_grouped_backend():
+    layer = MoELayer(pool_of(1, each=4), TopKRouter(D, 2))
+    x = torch.randn(50, D)
+    exact = layer(x)
+    half = copy.deepcopy(layer).bfloat16()
+    errors = {}
+    for backend in ("grouped", "fused"):
+        half.backend = backend
+        errors[backend] = float((half(x.bfloat16()).float() - exact).detach().abs().max())
+    assert errors["fused"] <= 1.5 * errors["grouped"] + 1e-6
+    assert errors["fused"] < 0.05 * float(exact.detach().abs().max())
