@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from modmoe.experts import AttentionExpert, Expert
 from modmoe.gating import Router
+from modmoe.kernels.choice import Choice, default_backend
 from modmoe.kernels.select import Backend, combine, compute_assignments
 from modmoe.layer import MoELayer
-from modmoe.pool import ExpertPool, Group, Task
+from modmoe.pool import ExpertPool, Group
 from modmoe.routing import Routing
+from modmoe.tasks import TaskIds
 
 
 class MoAttention(MoELayer):
@@ -68,7 +70,7 @@ class MoAttention(MoELayer):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        task_ids: TaskIds | None = None,
         *,
         top_k: int | None = None,
         expert_mask: Tensor | None = None,
@@ -94,6 +96,9 @@ class MoAttention(MoELayer):
         flat = self._tokens(x, routing)
         groups = [group.to(flat.dtype) for group in self.pool.groups()]
         return self._heads(flat.view(x.shape), routing, groups, self.backend)
+
+    def _choose(self, flat: Tensor, routing: Routing) -> Choice:
+        return default_backend(self.head.query, self.pool.num_experts, len(flat), flat.dtype, flat.device)
 
     def mix(self, x: Tensor, routing: Routing) -> Tensor:
         """What the routed heads give together, by a routing of x: (..., S, D) -> (..., S, D), zero in padding."""

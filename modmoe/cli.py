@@ -18,12 +18,14 @@ _USAGE = "usage: modmoe run CONFIG [--key value ...] [--seeds N] [--out DIR]"
 
 _HELP = f"""{_USAGE}
        modmoe gates [--json]
+       modmoe tune [--out FILE] [--seconds S]
 
 One growable pool of experts for continual, meta, reinforcement and multi-task learning.
 
 commands:
   run CONFIG    run the experiment that a YAML file describes
   gates         list every gate with what it declares, and the kinds of experts that it goes with
+  tune          measure the expert kernels on this machine, so that backend="auto" chooses by that
 
 options:
   -h, --help    show this help; `modmoe run --help` says more
@@ -46,6 +48,18 @@ experiments: {{experiments}}
 written to DIR: metrics.json, report.html, tensorboard/
 """
 
+
+_TUNE_HELP = """usage: modmoe tune [--out FILE] [--seconds S]
+
+Measure every backend of the expert kernels on this machine's CPU, in float32 and with torch's number of threads
+(OMP_NUM_THREADS), over a grid of sizes, and keep the result: from then on backend="auto" chooses by the nearest
+measurement, and layer.explain(x) says which. Nothing else should run meanwhile.
+
+options:
+  --out FILE    where to keep it (default: {path}; ${variable} names another file)
+  --seconds S   for each case (default: 0.3; about a minute in all)
+  -h, --help    show this help
+"""
 
 _GATES_HELP = """usage: modmoe gates [--json]
 
@@ -99,9 +113,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments[0] == "gates":
         return _gates(arguments[1:])
+    if arguments[0] == "tune":
+        return _tune(arguments[1:])
     if arguments[0] != "run":
-        hint = did_you_mean(arguments[0], ["run", "gates", "--help", "--version"])
-        raise UsageError(f"unknown command '{arguments[0]}'{hint or ' (there are: run, gates)'}")
+        hint = did_you_mean(arguments[0], ["run", "gates", "tune", "--help", "--version"])
+        raise UsageError(f"unknown command '{arguments[0]}'{hint or ' (there are: run, gates, tune)'}")
     return _run(arguments[1:])
 
 
@@ -115,6 +131,37 @@ def _gates(arguments: list[str]) -> int:
     from modmoe.catalog import format_gate_tables, gate_tables
 
     print(json.dumps(gate_tables(), indent=2) if arguments else format_gate_tables())
+    return 0
+
+
+def _tune(arguments: list[str]) -> int:
+    from modmoe.kernels.table import VARIABLE, user_path
+
+    stray, options, wants_help = _split(arguments)
+    if wants_help:
+        print(_TUNE_HELP.format(path=user_path(), variable=VARIABLE), end="")
+        return 0
+    unknown = [key for key, _ in options if key not in ("out", "seconds")]
+    if stray is not None or unknown:
+        raise UsageError(f"`modmoe tune` takes --out and --seconds, got {stray or '--' + unknown[0]}")
+    given = dict(options)
+    try:
+        seconds = float(given.get("seconds", "0.3"))
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UsageError(f"--seconds expects a number above 0, got '{given['seconds']}'")
+
+    from tqdm import tqdm
+
+    from modmoe.kernels.tune import grid, measure, summary
+
+    cases = grid()
+    with tqdm(total=len(cases), unit="case", file=sys.stderr) as bar:
+        table = measure(cases, budget=seconds, progress=lambda _: bar.update())
+    out = Path(given["out"]) if "out" in given else user_path()
+    table.save(out)
+    print(f"{summary(table)}\n\nkept in {out}")
     return 0
 
 

@@ -10,10 +10,12 @@ from modmoe.experts import Expert
 from modmoe.gating.base import Router
 from modmoe.gating.fitted import FittedRouter
 from modmoe.kernels.blended import run_blended
+from modmoe.kernels.choice import Choice, choose_backend, default_backend
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, compute_assignments, compute_output
 from modmoe.pool import ExpertPool, Growth, Task
 from modmoe.routing import MergedRouting, Routing, SlotRouting
+from modmoe.tasks import TaskIds, open_experts
 
 
 class MoELayer(nn.Module):
@@ -23,7 +25,7 @@ class MoELayer(nn.Module):
         pool: the experts. Several layers may stand on one pool; each has its own gate rows.
         router: scores and selects.
         shared_expert: a module that every token passes through besides; its output is added.
-        backend: "auto", or one of "reference", "dense", "bmm", "grouped", "fused".
+        backend: "auto", or one of "reference", "dense", "bmm", "grouped", "fused" (CPU), "triton" (CUDA).
         namespace: the name of the gate rows on the pool; None for "gate", "gate_2", ...
     Raises:
         ValueError: on an unknown backend or one that cannot compute these experts, experts that need another kind of
@@ -73,7 +75,7 @@ class MoELayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        task_ids: TaskIds | None = None,
         *,
         top_k: int | None = None,
         expert_mask: Tensor | None = None,
@@ -107,7 +109,7 @@ class MoELayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
-        task_ids: Task | Sequence[Task] | Tensor | None = None,
+        task_ids: TaskIds | None = None,
         *,
         top_k: int | None = None,
         expert_mask: Tensor | None = None,
@@ -120,14 +122,14 @@ class MoELayer(nn.Module):
         shape = x.shape[:-1]
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(f"a bool mask of shape {tuple(shape)} is needed, got {mask.dtype} {tuple(mask.shape)}")
-        open_experts = self._open_experts(x, task_ids, expert_mask)
+        allowed = open_experts(self.pool, shape, x.device, task_ids, expert_mask)
         flat = x.reshape(-1, x.shape[-1])
         flat_mask = None if mask is None else mask.reshape(-1)
         if flat_mask is not None:
             flat = torch.where(flat_mask.unsqueeze(1), flat, torch.zeros_like(flat))
         rows = self.pool.namespace(self.namespace)
         flat_ids = None if ids is None else ids.reshape(-1)
-        routing = self.router(flat, rows, flat_mask, open_experts, top_k, flat_ids, tuple(shape))
+        routing = self.router(flat, rows, flat_mask, allowed, top_k, flat_ids, tuple(shape))
         self._keep(routing)
         return routing
 
@@ -140,6 +142,32 @@ class MoELayer(nn.Module):
         else:
             y = compute_output(self.pool, flat, routing, self.backend)
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def explain(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        task_ids: TaskIds | None = None,
+        *,
+        top_k: int | None = None,
+        expert_mask: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Choice:
+        """Which backend computes x, and why; arguments as in :meth:`forward`, and as there gradients matter."""
+        if self.backend != "auto":
+            return Choice(self.backend, "the layer was built so")
+        before = self._routing
+        with torch.random.fork_rng(enabled=self.router.stochastic):
+            routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
+        self._routing = before
+        return self._choose(self._tokens(x, routing), routing)
+
+    def _choose(self, flat: Tensor, routing: Routing) -> Choice:
+        if isinstance(routing, SlotRouting):
+            return Choice("bmm", "every expert has the same number of slots")
+        if isinstance(routing, MergedRouting):
+            return default_backend(self.pool.expert, len(routing.merge_weight), len(flat), flat.dtype, flat.device)
+        return choose_backend(self.pool.expert, self.pool.num_experts, flat, routing)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The output of each assignment's expert, not weighted: (..., D) -> (N, D_out), zero where dropped.
@@ -185,56 +213,6 @@ class MoELayer(nn.Module):
         """One expert's raw score for every x, from its own rows alone: (..., D) -> (...)."""
         score = self.router.score(x.reshape(-1, x.shape[-1]), self.pool.namespace(self.namespace, [expert_id]))
         return score.view(x.shape[:-1])
-
-    def _open_experts(
-        self, x: Tensor, task_ids: Task | Sequence[Task] | Tensor | None, expert_mask: Tensor | None
-    ) -> Tensor | None:
-        """(E,) or (T, E) bool from the task and the explicit mask; None for all."""
-        num_experts, shape = self.pool.num_experts, x.shape[:-1]
-        open_experts = None
-        if expert_mask is not None:
-            if expert_mask.dtype != torch.bool or expert_mask.shape not in (
-                (num_experts,),
-                (*shape, num_experts),
-            ):
-                raise ValueError(
-                    f"a bool expert_mask of shape ({num_experts},) or {(*shape, num_experts)} is needed, "
-                    f"got {expert_mask.dtype} {tuple(expert_mask.shape)}"
-                )
-            open_experts = expert_mask if expert_mask.dim() == 1 else expert_mask.reshape(-1, num_experts)
-        if task_ids is not None:
-            by_task = self._task_mask(task_ids, shape, x.device)
-            open_experts = by_task if open_experts is None else by_task & open_experts
-        return open_experts
-
-    def _task_mask(self, task_ids: Task | Sequence[Task] | Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-        if isinstance(task_ids, Tensor) and task_ids.dim() == 0:
-            task_ids = int(task_ids)
-        owners = self.pool.tasks()
-        if isinstance(task_ids, Task):
-            self._check_tasks([task_ids])
-            return torch.tensor([owner is None or owner == task_ids for owner in owners], device=device)
-        labels = task_ids.reshape(-1).tolist() if isinstance(task_ids, Tensor) else list(task_ids)
-        num_tokens, num_entries = shape.numel(), shape[0] if shape else 1
-        if len(labels) not in (num_entries, num_tokens):
-            raise ValueError(f"{len(labels)} task ids for {num_entries} entries ({num_tokens} tokens)")
-        known = list(dict.fromkeys(labels))
-        self._check_tasks(known)
-        table = torch.tensor(
-            [[o is None or o == task for o in owners] for task in known], dtype=torch.bool, device=device
-        )
-        index = torch.tensor([known.index(label) for label in labels], dtype=torch.int64, device=device)
-        if len(labels) != num_tokens:
-            index = index.repeat_interleave(num_tokens // num_entries)
-        return table.view(-1, len(owners)).index_select(0, index)
-
-    def _check_tasks(self, tasks: Sequence[Task]) -> None:
-        owners = self.pool.tasks()
-        if None in owners:
-            return  # experts without a task serve any task
-        unknown = [task for task in tasks if task not in owners]
-        if unknown:
-            raise ValueError(f"no expert belongs to task {unknown}, the pool has {list(dict.fromkeys(owners))}")
 
     # -- the last routing --------------------------------------------------------------------------
 

@@ -3,34 +3,52 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modmoe.kernels.buffers import MIN_BYTES, gradient_buffers
 from modmoe.kernels.grouped import ALIGNMENT_BYTES, GroupedMM, GroupedOuter
+
+# Microseconds of a forward and backward pass (measured, fp32 CPU, one thread).
+SAVED_BY_PADDING = 30.0  # for each expert: six batched products against six of its own
+PER_WEIGHT = 0.2e-3  # of a padded row, for each number of a matrix: the products
+PER_FEATURE = 3e-3  # of a padded row, for each input and hidden feature: the elementwise work
 
 
 @dataclass(frozen=True)
 class Run:
     """The sorted assignments of n experts, which stand in one or several banks of equal sizes.
 
+    Their values are rows (m, ...), or, where ``capacity`` is not 0, (n, C, ...): each expert's rows are repeated up to
+    the largest load, and the repeated ones have the weight 0.
+
     Args:
-        start: where they start among all assignments.
-        counts: of each of the experts.
+        start: where they start among all rows.
+        stop: where they end.
+        counts: rows of each of the experts, without repeated ones.
         sizes: how many experts each bank holds.
-        expert: (m,) int64, each assignment's expert, in [0, n).
+        expert: (m,) int64, each row's expert, in [0, n).
+        capacity: C, or 0.
     """
 
     start: int
+    stop: int
     counts: list[int]
     sizes: tuple[int, ...]
     expert: Tensor
+    capacity: int = 0
 
-    @property
-    def stop(self) -> int:
-        """Where they end among all assignments."""
-        return self.start + len(self.expert)
+    def part(self, rows: Tensor) -> Tensor:
+        """Its own ones of all rows, as the products take them: (m, ...) or (n, C, ...)."""
+        own = rows[self.start : self.stop]
+        return own.view(len(self.counts), self.capacity, *rows.shape[1:]) if self.capacity else own
+
+    def flat(self, values: Tensor) -> Tensor:
+        """(m, ...) of such a part."""
+        return values.flatten(0, 1) if self.capacity else values
 
     def by_bank(self) -> tuple[list[list[int]], list[int]]:
         """The counts of each bank's experts, and their sums."""
@@ -39,9 +57,28 @@ class Run:
         return counts, [sum(part) for part in counts]
 
     def rows(self, banks: Sequence[Tensor]) -> Tensor:
-        """(m, H): each assignment's own row of the banks (n_i, H)."""
+        """(m, H) or (n, 1, H): each row's own row of the banks (n_i, H)."""
         rows = torch.cat(list(banks)) if len(banks) > 1 else banks[0]
+        if self.capacity:
+            return rows.unsqueeze(1)
         return rows if len(rows) == 1 else rows.index_select(0, self.expert)
+
+
+def padded_size(counts: Sequence[int], sizes: Sequence[int], matrix: Sequence[int]) -> int:
+    """The capacity up to which it pays to repeat rows, 0 where it does not.
+
+    An expert without rows has none to repeat, and several banks are no one tensor for a batched product.
+
+    Args:
+        counts: rows of each expert.
+        sizes: how many experts each bank holds.
+        matrix: the shape of an expert's largest matrix.
+    """
+    if len(sizes) > 1 or len(counts) == 1 or min(counts) == 0:
+        return 0
+    largest, mean = max(counts), sum(counts) / len(counts)
+    cost = (largest - mean) * (PER_WEIGHT * prod(matrix) + PER_FEATURE * sum(matrix))
+    return largest if cost < SAVED_BY_PADDING else 0
 
 
 def product(
@@ -50,15 +87,17 @@ def product(
     """x_i W_e(i) + b_e(i), or x_i W_e(i)^T.
 
     Args:
-        x: (m, D), sorted by expert.
+        x: (m, D), sorted by expert, or (n, C, D).
         banks: W, each (n_i, D, H), or (n_i, H, D) if transposed.
         run: whose they are.
         biases: b, each (n_i, H), or None.
         transposed: see above.
     Returns:
-        (m, H); differentiable where gradients are enabled.
+        (m, H) or (n, C, H); differentiable where gradients are enabled.
     """
     weights = [bank.transpose(1, 2) for bank in banks] if transposed else banks
+    if run.capacity:
+        return torch.bmm(x, weights[0]) if biases is None else torch.baddbmm(run.rows(biases), x, weights[0])
     if len(weights) == 1:
         y = _bank_product(x, weights[0], run.counts)
     elif torch.is_grad_enabled():
@@ -77,24 +116,33 @@ def product(
     return y + run.rows(biases) if torch.is_grad_enabled() else y.add_(run.rows(biases))
 
 
-def outer_product(x: Tensor, grad: Tensor, run: Run, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients of the banks that x was multiplied by: sum over each expert's assignments of x_i^T g_i.
+def outer_product(
+    x: Tensor, grad: Tensor, run: Run, banks: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of the banks that x was multiplied by: sum over each expert's rows of x_i^T g_i.
 
     Args:
-        x: (m, D), sorted by expert.
-        grad: (m, H).
+        x: (m, D), sorted by expert, or (n, C, D).
+        grad: (m, H) or (n, C, H).
         run: whose they are.
-        wanted: of which banks.
+        banks: each (n_i, D, H).
+        wanted: of which of them.
     Returns:
-        for each bank (n_i, D, H), or None.
+        for each bank (n_i, D, H), or None; differentiable where gradients are enabled, else in memory that is reused.
     """
+    if run.capacity:
+        if torch.is_grad_enabled() or not wanted[0]:
+            return [torch.bmm(x.transpose(1, 2), grad) if wanted[0] else None]
+        return [torch.bmm(x.transpose(1, 2), grad, out=gradient_buffers.take(banks[0]))]
     counts, totals = run.by_bank()
-    parts = zip(x.split(totals), grad.split(totals), counts, wanted, strict=True)
-    return [_bank_outer(a, g, own) if want else None for a, g, own, want in parts]
+    parts = zip(x.split(totals), grad.split(totals), counts, banks, wanted, strict=True)
+    return [_bank_outer(a, g, own, bank) if want else None for a, g, own, bank, want in parts]
 
 
 def bias_gradient(grad: Tensor, run: Run, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """For each wanted bank (n_i, H): the sum of the gradients (m, H) of each expert's assignments."""
+    """For each wanted bank (n_i, H): the sum of the gradients (m, H) or (n, C, H) of each expert's rows."""
+    if run.capacity:
+        return [grad.sum(1) if wanted[0] else None]
     if len(run.counts) == 1:
         sums = grad.sum(0, keepdim=True)
     else:
@@ -111,14 +159,20 @@ def _bank_product(x: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     return GroupedMM.apply(x, weight, ends) if torch.is_grad_enabled() else F.grouped_mm(x, weight, offs=ends)
 
 
-def _bank_outer(x: Tensor, grad: Tensor, counts: Sequence[int]) -> Tensor:
-    if len(counts) == 1:
+def _bank_outer(x: Tensor, grad: Tensor, counts: Sequence[int], bank: Tensor) -> Tensor:
+    if len(counts) == 1 and (torch.is_grad_enabled() or bank.nbytes < MIN_BYTES):
         return (x.t() @ grad).unsqueeze(0)
-    if not _groupable(x, grad):
+    if torch.is_grad_enabled():
+        if _groupable(x, grad):
+            return GroupedOuter.apply(x, grad, _ends(counts, x.device))
         parts = zip(x.split(list(counts)), grad.split(list(counts)), strict=True)
         return torch.stack([a.t() @ g for a, g in parts])
-    ends = _ends(counts, x.device)
-    return GroupedOuter.apply(x, grad, ends) if torch.is_grad_enabled() else F.grouped_mm(x.t(), grad, offs=ends)
+    if bank.nbytes < MIN_BYTES and _groupable(x, grad):
+        return F.grouped_mm(x.t(), grad, offs=_ends(counts, x.device))
+    out = gradient_buffers.take(bank)  # grouped_mm makes its own
+    for a, g, target in zip(x.split(list(counts)), grad.split(list(counts)), out.unbind(0), strict=True):
+        torch.mm(a.t(), g, out=target)
+    return out
 
 
 def _ends(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -8,33 +8,17 @@ from torch import Tensor
 
 from modmoe.experts.base import Expert
 from modmoe.kernels.batched import run_bmm, run_dense
+from modmoe.kernels.choice import choose_backend, default_backend
 from modmoe.kernels.fused import run_fused
 from modmoe.kernels.grouped import run_grouped
 from modmoe.kernels.reference import run_reference
+from modmoe.kernels.triton import run_triton
 from modmoe.pool import ExpertPool, Group
 from modmoe.routing import Routing
 
-Backend = Literal["auto", "reference", "dense", "bmm", "grouped", "fused"]
+Backend = Literal["auto", "reference", "dense", "bmm", "grouped", "fused", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-
-# Below these, computing everything beats moving tokens (measured, fp32 CPU).
-DENSE_MAX_EXPERTS = 4
-DENSE_MAX_TOKENS = 64
-
-
-def choose_backend(expert: Expert, num_experts: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What ``auto`` takes; it depends on kind and sizes only: a compiled choice is static."""
-    eager_on_cpu = device.type == "cpu" and not torch.compiler.is_compiling()
-    if eager_on_cpu and expert.one_by_one_on_cpu:
-        return "reference"
-    if eager_on_cpu and expert.two_layers() is not None:
-        small = num_experts <= DENSE_MAX_EXPERTS and num_tokens <= DENSE_MAX_TOKENS
-        return "dense" if small else "fused"
-    if dtype == torch.float64:  # grouped_mm does not take it; the loop's nonzero would break a compiled graph
-        return "dense" if torch.compiler.is_compiling() else "reference"
-    if device.type == "cpu" and num_experts <= DENSE_MAX_EXPERTS and num_tokens <= DENSE_MAX_TOKENS:
-        return "dense"
-    return "grouped"
+CPU_BACKENDS = tuple(backend for backend in BACKENDS if backend != "triton")
 
 
 def compute_output(pool: ExpertPool, x: Tensor, routing: Routing, backend: str = "auto") -> Tensor:
@@ -49,9 +33,11 @@ def compute_output(pool: ExpertPool, x: Tensor, routing: Routing, backend: str =
         (T, D_out).
     """
     if backend == "auto":
-        backend = choose_backend(pool.expert, pool.num_experts, len(x), x.dtype, x.device)
+        backend = choose_backend(pool.expert, pool.num_experts, x, routing).backend
     if backend == "fused":
         return run_fused([bank.to(x.dtype) for bank in pool.banks()], pool.expert, x, routing)
+    if backend == "triton" and not torch.compiler.is_compiling():
+        return run_triton([bank.to(x.dtype) for bank in pool.banks()], pool.expert, x, routing)
     groups = [group.to(x.dtype) for group in pool.groups()]
     return combine(compute_assignments(groups, pool.expert, x, routing, backend), routing)
 
@@ -93,8 +79,10 @@ def run_backend(
 ) -> Tensor:
     """One group's assignments by a backend, "auto" included; arguments as :func:`modmoe.kernels.batched.run_dense`."""
     num_experts = next(iter(tensors.values())).shape[0]
-    name = backend if backend != "auto" else choose_backend(expert, num_experts, x.shape[0], x.dtype, x.device)
-    if name == "fused":  # fused with the combination, which is not asked for here
+    name = backend
+    if backend == "auto":
+        name = default_backend(expert, num_experts, x.shape[0], x.dtype, x.device).backend
+    if name in ("fused", "triton"):  # these compute the combination as well, which is not asked for here
         name = "grouped" if x.dtype != torch.float64 else "reference"
     if name == "dense":
         return run_dense(expert, tensors, x, token, local)

@@ -25,9 +25,10 @@ from modmoe import (
     SwiGLUExpert,
     TopKRouter,
 )
-from modmoe.kernels.select import BACKENDS, choose_backend, combine, compute_assignments
+from modmoe.kernels.choice import default_backend
+from modmoe.kernels.select import CPU_BACKENDS, combine, compute_assignments
 
-FAST = tuple(backend for backend in BACKENDS if backend != "reference")
+FAST = tuple(backend for backend in CPU_BACKENDS if backend != "reference")
 
 
 def is_computed(backend: str, case: "Case") -> bool:
@@ -63,7 +64,7 @@ def scalar_experts() -> ExpertPool:
     return pool
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_three_scalar_experts_by_hand(backend):
     pool = scalar_experts()
     x = torch.tensor([[2.0], [-1.0]], requires_grad=True)
@@ -282,7 +283,7 @@ def test_torch_compile_without_graph_breaks(case):
     assert_same(got, expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradient_of_a_plain_sum(backend):
     layer = Case(sizes=(5, 7, 3)).layer(torch.float32)
     layer.backend = backend
@@ -296,7 +297,7 @@ def test_gradient_of_a_plain_sum(backend):
     assert_close(direct, x.grad, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradient_of_a_plain_sum_over_assignments(backend):
     layer = Case(sizes=(8, 8, 8), num_tokens=9).layer(torch.float32)
     x = torch.randn(9, 8, requires_grad=True)
@@ -403,7 +404,7 @@ def test_torch_func_grad(backend):
 # -- one expert is a dense network -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_one_expert_equals_a_dense_network(backend):
     torch.manual_seed(0)
     layer = MoELayer(ExpertPool(MLPExpert(6, 10, 4), 1), DenseRouter(6), backend=backend)
@@ -482,7 +483,7 @@ def test_frozen_experts_cost_no_weight_gradient(backend):
     assert backward_flops(backend, 10, False) == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_frozen_experts_get_no_gradient_and_cost_less(backend):
     live, half = backward_flops(backend, 0, False), backward_flops(backend, 9, False)
     assert 0 < half < live / 2
@@ -497,18 +498,22 @@ def test_frozen_experts_get_no_gradient_and_cost_less(backend):
 # -- the choice of a backend -------------------------------------------------------------------------------------------
 
 
-def test_auto_depends_on_kind_and_sizes_only(monkeypatch):
+def test_without_measurements_kind_and_sizes_decide(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     mlp, conv = MLPExpert(8, 8), ConvExpert((1, 4, 4), (2,))
-    assert choose_backend(mlp, 4, 64, torch.float32, cpu) == "dense"
-    assert choose_backend(mlp, 5, 64, torch.float32, cpu) == "fused"
-    assert choose_backend(mlp, 4, 65, torch.float32, cpu) == "fused"
-    assert choose_backend(mlp, 2, 2, torch.float32, cuda) == "grouped"
-    assert choose_backend(conv, 4, 64, torch.float32, cpu) == "reference"  # one native convolution after the other
-    assert choose_backend(conv, 4, 64, torch.float32, cuda) == "grouped"
-    assert choose_backend(mlp, 100, 1000, torch.float64, cpu) == "fused"
-    assert choose_backend(mlp, 100, 1000, torch.float64, cuda) == "reference"  # grouped_mm has no float64
+    assert default_backend(mlp, 4, 64, torch.float32, cpu).backend == "dense"
+    assert default_backend(mlp, 5, 64, torch.float32, cpu).backend == "fused"
+    assert default_backend(mlp, 4, 65, torch.float32, cpu).backend == "fused"
+    assert default_backend(mlp, 2, 2, torch.float32, cuda).backend == "grouped"
+    assert (
+        default_backend(conv, 4, 64, torch.float32, cpu).backend == "reference"
+    )  # one native convolution after the other
+    assert default_backend(conv, 4, 64, torch.float32, cuda).backend == "grouped"
+    assert default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "fused"
+    assert default_backend(mlp, 100, 1000, torch.float64, cuda).backend == "reference"  # grouped_mm has no float64
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert choose_backend(conv, 4, 65, torch.float32, cpu) == "grouped"
-    assert choose_backend(mlp, 100, 1000, torch.float32, cpu) == "grouped"
-    assert choose_backend(mlp, 100, 1000, torch.float64, cpu) == "dense"  # the loop's nonzero would break the graph
+    assert default_backend(conv, 4, 65, torch.float32, cpu).backend == "grouped"
+    assert default_backend(mlp, 100, 1000, torch.float32, cpu).backend == "grouped"
+    assert (
+        default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "dense"
+    )  # the loop's nonzero would break the graph

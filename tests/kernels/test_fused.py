@@ -8,8 +8,11 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modmoe import ConvExpert, ExpertPool, MLPExpert, MoELayer, Routing, TopKRouter, sync_optimizer
-from modmoe.kernels.fused import Layout, dispatch, run_fused, split_runs
-from modmoe.kernels.runs import Run, bias_gradient, outer_product, product
+from modmoe.kernels import runs
+from modmoe.kernels.buffers import GradientBuffers
+from modmoe.kernels.fused import run_fused
+from modmoe.kernels.plan import Class, dispatch
+from modmoe.kernels.runs import Run, bias_gradient, outer_product, padded_size, product
 from modmoe.kernels.select import compute_output
 
 D, H = 8, 16
@@ -25,9 +28,10 @@ class Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "_grouped_mm"):
-            a, b = args[1:3] if name == "addmm" else args[:2]
-            self.flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        if name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"):
+            a, b = args[1:3] if "add" in name else args[:2]
+            batch = a.shape[0] if "bmm" in name else 1
+            self.flops += 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
         if name == "cat":
             self.copied += sum(tensor.numel() for tensor in args[0])
         return func(*args, **(kwargs or {}))
@@ -61,44 +65,80 @@ def routing_of(pool: ExpertPool, num_tokens: int, top_k: int = 2) -> Routing:
 # -- by hand -------------------------------------------------------------------------------------------------------
 
 
-def test_dispatch_by_hand():
-    # banks hold the experts at the positions (2, 0) and (1,)
-    layout = Layout(MLPExpert(1, 1).two_layers(), ("w",), ((2, 0), (1,)), ((0, 1), (1, 2)))
+CLASSES = (Class(0, ((2, 0),), (1, 1)), Class(1, ((1,),), (1, 1)))  # the experts' positions (2, 0) and (1,)
+
+
+def test_dispatch_by_hand(monkeypatch):
+    monkeypatch.setattr(runs, "SAVED_BY_PADDING", 0.0)
     token, expert = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 0, -1, 2])
-    plan = dispatch(layout, token, expert)
+    plan = dispatch(CLASSES, token, expert, has_drops=True)
     # sorted: position 2 (tokens 0 and 2), position 0 (token 1), position 1 (token 0); the fourth was dropped
     assert plan.token.tolist() == [0, 2, 1, 0]
     assert plan.source.tolist() == [1, 4, 2, 0]
-    assert plan.expert.tolist() == [0, 0, 1, 2]
-    assert plan.counts.tolist() == [2, 1, 1]
-    first, second = split_runs(layout, plan)
-    assert (first.start, first.stop, first.counts, first.sizes) == (0, 3, [2, 1], (2,))
+    assert plan.real is None
+    first, second = plan.runs
+    assert (first.start, first.stop, first.counts, first.sizes, first.capacity) == (0, 3, [2, 1], (2,), 0)
     assert (second.start, second.stop, second.counts, second.sizes) == (3, 4, [1], (1,))
     assert first.expert.tolist() == [0, 0, 1]
     assert second.expert.tolist() == [0]
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert plan.scale(weight).flatten().tolist() == pytest.approx([0.2, 0.5, 0.3, 0.1])
+    assert plan.weight_gradient(torch.tensor([1.0, 2.0, 3.0, 4.0]), weight).tolist() == [4.0, 1.0, 3.0, 0.0, 2.0]
 
 
-@pytest.mark.parametrize("sizes", [(3,), (1, 2), (1, 1, 1)])
+def test_repeated_rows_by_hand():
+    token, expert = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 0, -1, 2])
+    plan = dispatch(CLASSES, token, expert, has_drops=True)
+    # position 0 has one token, position 2 has two: its one is computed twice, the second time with the weight 0
+    assert plan.token.tolist() == [0, 2, 1, 1, 0]
+    assert plan.source.tolist() == [1, 4, 2, 2, 0]
+    assert plan.real.tolist() == [1.0, 1.0, 1.0, 0.0, 1.0]
+    first, second = plan.runs
+    assert (first.start, first.stop, first.capacity) == (0, 4, 2)
+    assert (second.start, second.stop, second.capacity) == (4, 5, 0)
+    assert first.part(torch.arange(5.0)).tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert first.flat(torch.tensor([[0.0, 1.0], [2.0, 3.0]])).tolist() == [0.0, 1.0, 2.0, 3.0]
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert plan.scale(weight).flatten().tolist() == pytest.approx([0.2, 0.5, 0.3, 0.0, 0.1])
+    # what a repeated row says of the weight does not count
+    assert plan.weight_gradient(torch.tensor([1.0, 2.0, 3.0, 9.0, 4.0]), weight).tolist() == [4.0, 1.0, 3.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize(("sizes", "capacity"), [((3,), 0), ((1, 2), 0), ((1, 1, 1), 0), ((3,), 2)])
 @pytest.mark.parametrize("grad_mode", [False, True])
-def test_sorted_products_by_hand(sizes, grad_mode):
+def test_sorted_products_by_hand(sizes, capacity, grad_mode):
     w = torch.tensor([[[2.0]], [[3.0]], [[5.0]]]).split(sizes)
     b = torch.tensor([[10.0], [20.0], [30.0]]).split(sizes)
-    x = torch.tensor([[1.0], [2.0], [7.0]])
-    run = Run(0, [2, 0, 1], tuple(sizes), torch.tensor([0, 0, 2]))
+    x, grad = torch.tensor([[1.0], [2.0], [7.0]]), torch.tensor([[1.0], [10.0], [100.0]])
+    run = Run(0, 3, [2, 0, 1], tuple(sizes), torch.tensor([0, 0, 2]), capacity)
+    if capacity:  # two rows for each expert; in the gradient those that are not its own are 0
+        x = torch.tensor([[1.0], [2.0], [0.0], [0.0], [7.0], [7.0]]).view(3, 2, 1)
+        grad = torch.tensor([[1.0], [10.0], [0.0], [0.0], [100.0], [0.0]]).view(3, 2, 1)
+    own = [0, 1, 4] if capacity else [0, 1, 2]
     with torch.set_grad_enabled(grad_mode):
-        assert product(x, w, run).flatten().tolist() == [2.0, 4.0, 35.0]
-        assert product(x, w, run, b).flatten().tolist() == [12.0, 14.0, 65.0]
-        assert product(x, w, run, transposed=True).flatten().tolist() == [2.0, 4.0, 35.0]
-        grads = outer_product(x, torch.tensor([[1.0], [10.0], [100.0]]), run, [True] * len(sizes))
+        assert product(x, w, run).flatten()[own].tolist() == [2.0, 4.0, 35.0]
+        assert product(x, w, run, b).flatten()[own].tolist() == [12.0, 14.0, 65.0]
+        assert product(x, w, run, transposed=True).flatten()[own].tolist() == [2.0, 4.0, 35.0]
+        grads = outer_product(x, grad, run, w, [True] * len(sizes))
         # 1 * 1 + 2 * 10 = 21; nothing; 7 * 100
         assert torch.cat(grads).flatten().tolist() == [21.0, 0.0, 700.0]
-        sums = bias_gradient(torch.tensor([[1.0], [10.0], [100.0]]), run, [True] * len(sizes))
+        sums = bias_gradient(grad, run, [True] * len(sizes))
         assert torch.cat(sums).flatten().tolist() == [11.0, 0.0, 100.0]
 
 
+def test_it_repeats_rows_where_that_pays():
+    assert padded_size([4, 4, 4], (3,), (512, 512)) == 4  # nothing is repeated
+    assert padded_size([90, 3, 1], (3,), (8, 16)) == 90  # 59 rows of .0002 * 128 + .003 * 24 us for each expert: 6 us
+    assert padded_size([900, 3, 1], (3,), (8, 16)) == 0  # 599 rows: 58 us
+    assert padded_size([4, 3, 3], (3,), (512, 512)) == 0  # 2/3 of a row of .0002 * 512^2 + 3 us: 37 us
+    assert padded_size([4, 4, 0], (3,), (8, 16)) == 0  # nothing to repeat
+    assert padded_size([4, 4, 4], (1, 2), (8, 16)) == 0  # two tensors: no batched product in place
+    assert padded_size([4], (1,), (8, 16)) == 0
+
+
 def test_what_is_not_wanted_is_not_computed():
-    x, run = torch.ones(3, 4), Run(0, [2, 0, 1], (2, 1), torch.tensor([0, 0, 2]))
-    first, second = outer_product(x, x, run, [False, True])
+    x, run = torch.ones(3, 4), Run(0, 3, [2, 0, 1], (2, 1), torch.tensor([0, 0, 2]))
+    first, second = outer_product(x, x, run, [torch.zeros(2, 4, 4), torch.zeros(1, 4, 4)], [False, True])
     assert first is None
     assert second is not None
     assert bias_gradient(x, run, [True, False])[1] is None
@@ -108,7 +148,9 @@ def test_what_is_not_wanted_is_not_computed():
 
 
 @pytest.mark.parametrize("order", [None, 2])
-def test_many_cohorts_frozen_ones_and_drops(order):
+@pytest.mark.parametrize("saved", [0.0, 1e9])
+def test_many_cohorts_frozen_ones_and_drops(order, saved, monkeypatch):
+    monkeypatch.setattr(runs, "SAVED_BY_PADDING", saved)
     pool = pool_of(4, each=2)
     pool.freeze([1, 4, 5])
     pool.add_experts(1, hidden_features=5)
@@ -201,8 +243,9 @@ def test_the_cost_of_a_backward_pass(frozen, x_grad, weight_grad, expected):
     assert ops.flops == expected * PRODUCT
 
 
-def test_what_is_saved_for_the_backward_pass():
+def test_what_is_saved_for_the_backward_pass(monkeypatch):
     """The input, the weights, and each assignment's two hidden values: no expert's output, no copy of a token."""
+    monkeypatch.setattr(runs, "SAVED_BY_PADDING", 0.0)
     pool, num_tokens = pool_of(1, each=4), 1000
     x, routing = torch.randn(num_tokens, D, requires_grad=True), routing_of(pool, num_tokens)
     saved: dict[int, int] = {}
@@ -246,3 +289,50 @@ def test_bfloat16_is_as_close_as_the_grouped_backend():
         errors[backend] = float((half(x.bfloat16()).float() - exact).detach().abs().max())
     assert errors["fused"] <= 1.5 * errors["grouped"] + 1e-6
     assert errors["fused"] < 0.05 * float(exact.detach().abs().max())
+
+
+# -- the memory of gradients -----------------------------------------------------------------------------------------
+
+
+def test_a_large_gradient_s_memory_is_used_again_once_it_is_free():
+    pool = ExpertPool(MLPExpert(64, 128), 8)  # 256 KiB a matrix
+    bank = pool.growable("expert", "w_in").banks()[0][0]
+    x, routing = torch.randn(40, 64), routing_of(pool, 40)
+
+    def step() -> torch.Tensor:
+        compute_output(pool, x, routing, "fused").square().sum().backward()
+        assert bank.grad is not None
+        return bank.grad
+
+    first = step()
+    address, values = first.data_ptr(), first.clone()
+    del first
+    bank.grad = None
+    assert step().data_ptr() == address
+    step()  # without zero_grad: autograd adds to the gradient that is there
+    assert bank.grad is not None
+    assert_close(bank.grad, 2 * values)
+    kept, bank.grad = bank.grad, None
+    held = kept.clone()
+    assert step().data_ptr() != kept.data_ptr()  # somebody still has the last one
+    assert torch.equal(kept, held)
+
+
+def test_buffers_are_lent_to_one_holder_at_a_time():
+    buffers, parameter = GradientBuffers(), torch.nn.Parameter(torch.zeros(300, 300))
+    first = buffers.take(parameter)
+    assert buffers.take(parameter).data_ptr() != first.data_ptr()
+    second = buffers.take(parameter)
+    view, address = second.numpy(), second.data_ptr()
+    del second
+    assert buffers.take(parameter).data_ptr() != address  # the array holds it
+    del view
+    third = buffers.take(parameter)
+    address = third.data_ptr()
+    del third
+    assert buffers.take(parameter).data_ptr() == address
+    small = torch.nn.Parameter(torch.zeros(3, 3))
+    assert buffers.take(small).shape == (3, 3)
+    assert len(buffers._held) == 1
+    del parameter
+    assert len(buffers._held) == 0  # the memory goes with the parameter
