@@ -11,8 +11,9 @@ from modmoe.gating import Router
 from modmoe.kernels.choice import Choice, default_backend
 from modmoe.kernels.select import Backend, combine, compute_assignments
 from modmoe.layer import MoELayer
-from modmoe.pool import ExpertPool, Group
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Group
 from modmoe.tasks import TaskIds
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from modmoe.growable import GrowableBuffer, GrowableParameter
 from modmoe.layer import MoELayer
-from modmoe.pool import ExpertPool, Growth, Task
+from modmoe.pool import ExpertPool
+from modmoe.rows import Growth, Task
 
 Ids = Sequence[int] | Mapping[str, Sequence[int]]
 

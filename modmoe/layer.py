@@ -13,8 +13,9 @@ from modmoe.kernels.blended import run_blended
 from modmoe.kernels.choice import Choice, choose_backend, default_backend
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.select import BACKENDS, Backend, compute_assignments, compute_output
-from modmoe.pool import ExpertPool, Growth, Task
+from modmoe.pool import ExpertPool
 from modmoe.routing import MergedRouting, Routing, SlotRouting
+from modmoe.rows import Growth, Task
 from modmoe.tasks import TaskIds, open_experts
 
 
@@ -46,10 +47,7 @@ class MoELayer(nn.Module):
         self.check_pair(router, pool.expert)
         if backend == "fused" and pool.expert.two_layers() is None:
             raise ValueError(f"the fused backend computes experts of two layers, and {pool.expert} has others")
-        if router.in_features != pool.expert.in_features:
-            raise ValueError(
-                f"the router takes {router.in_features} features, the experts take {pool.expert.in_features}"
-            )
+        self.check_sizes(router, pool.expert)
         router.check_pool(pool.num_experts)
         self.pool = pool
         self.router = router
@@ -68,6 +66,12 @@ class MoELayer(nn.Module):
         """Raise ValueError if this kind of layer cannot compute this kind of expert with this router."""
         if expert.needs_sequence:
             raise ValueError(f"{expert} needs the keys and values of its sequence: use MoAttention for MoELayer")
+
+    @classmethod
+    def check_sizes(cls, router: Router, expert: Expert) -> None:
+        """Raise ValueError unless both take the same features; layers that route by others override it."""
+        if router.in_features != expert.in_features:
+            raise ValueError(f"the router takes {router.in_features} features, the experts take {expert.in_features}")
 
     # -- computing ---------------------------------------------------------------------------------
 
@@ -155,7 +159,7 @@ class MoELayer(nn.Module):
     ) -> Choice:
         """Which backend computes x, and why; arguments as in :meth:`forward`, and as there gradients matter."""
         if self.backend != "auto":
-            return Choice(self.backend, "the layer was built so")
+            return Choice(self.backend, why="the layer was built so")
         before = self._routing
         with torch.random.fork_rng(enabled=self.router.stochastic):
             routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
@@ -164,7 +168,7 @@ class MoELayer(nn.Module):
 
     def _choose(self, flat: Tensor, routing: Routing) -> Choice:
         if isinstance(routing, SlotRouting):
-            return Choice("bmm", "every expert has the same number of slots")
+            return Choice("bmm", why="every expert has the same number of slots")
         if isinstance(routing, MergedRouting):
             return default_backend(self.pool.expert, len(routing.merge_weight), len(flat), flat.dtype, flat.device)
         return choose_backend(self.pool.expert, self.pool.num_experts, flat, routing)
@@ -193,8 +197,7 @@ class MoELayer(nn.Module):
         return flat.to(torch.get_autocast_dtype(x.device.type)) if autocast else flat
 
     def _check_dtype(self, x: Tensor) -> None:
-        rows = self.pool.namespace("expert")
-        dtype = self.pool.growable("expert", next(iter(rows))).banks()[0][0].dtype
+        dtype = self.pool.like.dtype
         if x.dtype != dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ValueError(f"x has dtype {x.dtype}, the experts have {dtype}: convert one of them")
 

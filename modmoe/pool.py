@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,65 +20,7 @@ from modmoe.growable import (
     encode_book,
     is_frozen,
 )
-
-Task = str | int
-Preserving = Literal["split", "tie", "zero"]
-Growth = Literal["fresh", "copy", "zero"]
-
-
-@dataclass(frozen=True)
-class ExpertRecord:
-    """The book's line for one expert: stable id, task or None, frozen or not, its own sizes."""
-
-    id: int
-    task: Task | None
-    frozen: bool
-    sizes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Experts that a kernel can batch: equal sizes, all frozen or all live.
-
-    Args:
-        ids: their ids, in the order of the tensors' first axis.
-        positions: their positions in ``pool.ids``.
-        frozen: whether the tensors need no gradient.
-        tensors: row name -> (len(ids), ...).
-    """
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-    frozen: bool
-    tensors: dict[str, Tensor]
-
-    def to(self, dtype: torch.dtype) -> "Group":
-        """The same group with its tensors in another dtype; gradients flow back."""
-        if all(tensor.dtype == dtype for tensor in self.tensors.values()):
-            return self
-        return dataclasses.replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
-
-
-class Rows(Mapping[str, Tensor]):
-    """The rows of one namespace in pool order: ``rows["weight"]`` is (R, ...), stacked when it is read."""
-
-    def __init__(self, growables: Mapping[str, Growable], ids: Sequence[int]):
-        self._growables = growables
-        self.ids = tuple(ids)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._growables[name].stack(self.ids)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._growables)
-
-    def __len__(self) -> int:
-        return len(self._growables)
-
-    def owner(self, name: str) -> Tensor:
-        """(R,) int64: the position in ``ids`` of each row's owner."""
-        growable = self._growables[name]
-        return torch.tensor(growable.owner_positions(self.ids), dtype=torch.int64, device=growable.like.device)
+from modmoe.rows import ExpertRecord, Group, Growth, Preserving, Rows, Task
 
 
 class ExpertPool(nn.Module):
@@ -123,6 +64,16 @@ class ExpertPool(nn.Module):
     @property
     def num_experts(self) -> int:
         return len(self._book)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor with the experts' device and dtype."""
+        return next(iter(self._growables("expert").values())).like
+
+    @property
+    def book(self) -> Mapping[int, ExpertRecord]:
+        """Every expert's line by id; another object after each change, so that what is derived from it can be kept."""
+        return self._book
 
     @property
     def namespaces(self) -> tuple[str, ...]:
@@ -184,6 +135,12 @@ class ExpertPool(nn.Module):
     def _grouped(self, key: Callable[[int, ExpertRecord], Hashable]) -> list[Group]:
         """Groups of the experts with equal keys, given the number of an expert's bank and its line in the book."""
         growables = self._growables("expert")
+        banks = {name: growable.banks() for name, growable in growables.items()}
+        _, rows, frozen = next(iter(banks.values()))[0]
+        one_bank = all(len(of_name) == 1 for of_name in banks.values())
+        if one_bank and tuple(row.owner for row in rows) == self.ids:  # nothing to look up
+            tensors = {name: of_name[0][0] for name, of_name in banks.items()}
+            return [Group(self.ids, tuple(range(len(rows))), frozen, tensors)]
         largest = max(growables.values(), key=lambda growable: len(growable.banks()))  # the most finely divided
         members: dict[tuple[Hashable, bool], list[int]] = {}
         for number, (_, rows, frozen) in enumerate(largest.banks()):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modmoe.pool import ExpertPool, Task
+from modmoe.pool import ExpertPool
+from modmoe.rows import Task
 
 TaskIds = Task | Sequence[Task] | Tensor
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE_ORDER = [
     ["errors", "hosts"],
     ["routing", "growable"],
-    ["losses", "experts"],
+    ["losses", "experts", "rows"],
     ["pool"],
     ["kernels", "gating", "tasks"],
     ["layer"],

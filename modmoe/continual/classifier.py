@@ -10,8 +10,9 @@ from modmoe.experts.base import Expert
 from modmoe.gating.fitted import FittedRouter
 from modmoe.growable import Init, RowSpec
 from modmoe.layer import MoELayer
-from modmoe.pool import ExpertPool, Task
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Task
 
 UNKNOWN = -100.0  # the log-probability of a class that no expert in question has a head row for
 

@@ -7,7 +7,7 @@ from avalanche.models import MultiTaskModule
 from torch import Tensor
 
 from modmoe.continual.classifier import PoolClassifier
-from modmoe.pool import Task
+from modmoe.rows import Task
 
 
 class TaskPool(MultiTaskModule):

@@ -10,7 +10,7 @@ from modmoe.conversion.feed_forward import FeedForward, read_feed_forward
 from modmoe.conversion.upcycle import MakeRouter, Select, find_blocks, layer_of, replace_block
 from modmoe.gating import TopKRouter
 from modmoe.layer import MoELayer
-from modmoe.pool import Task
+from modmoe.rows import Task
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 from modmoe.gating.base import at_least_float32
 from modmoe.gating.token_choice import TopKRouter
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 
 class AttentionRouter(TopKRouter):

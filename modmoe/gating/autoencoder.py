@@ -10,7 +10,7 @@ from modmoe.gating.classwise import ClasswiseRouter
 from modmoe.gating.fitted import class_generator
 from modmoe.gating.ppca import leading_subspace
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 BATCH_SIZE = 128
 

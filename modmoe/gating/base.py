@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from modmoe.errors import NonFiniteError
 from modmoe.gating.capacity import Capacity
 from modmoe.growable import RowSpec
-from modmoe.pool import ExpertPool, Preserving, Rows
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Preserving, Rows
 
 Scope = Literal["token", "sequence", "batch"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from modmoe.gating.base import at_least_float32
 from modmoe.gating.fitted import FittedRouter, sum_by_owner
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 SINGLE_CLASS = -1  # the label of an expert's only row where classes are not told apart
 DENSITY = "density_"  # before the names of a density's rows that live beside another gate's

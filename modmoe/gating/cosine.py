@@ -11,7 +11,7 @@ from modmoe.gating.base import at_least_float32
 from modmoe.gating.capacity import Capacity
 from modmoe.gating.token_choice import TopKRouter
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 INITIAL_TEMPERATURE = 0.5
 MIN_TEMPERATURE = 0.01

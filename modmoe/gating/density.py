@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modmoe.gating.classwise import ClasswiseRouter, DensityRouter
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 
 class GaussianRouter(DensityRouter):

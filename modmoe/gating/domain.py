@@ -9,8 +9,9 @@ from torch import Tensor
 from modmoe.gating.base import Router, at_least_float32, require_served
 from modmoe.gating.ids import BY_ID, refuse_non_finite, write_row
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Rows
 
 UNKNOWN = -1
 MIN_PRIOR = 1e-6  # a prior of 0 could never rise again

@@ -10,7 +10,7 @@ from torch import Tensor
 from modmoe.gating.base import Assignment, Router, Scope, at_least_float32
 from modmoe.gating.token_choice import GATE_STD
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 
 class ExpertChoiceRouter(Router):

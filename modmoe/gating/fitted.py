@@ -7,7 +7,8 @@ from torch import Tensor
 
 from modmoe.gating.base import Router, at_least_float32
 from modmoe.growable import GrowableBuffer
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool
+from modmoe.rows import Rows
 
 
 class FittedRouter(Router):

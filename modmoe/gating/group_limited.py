@@ -8,8 +8,9 @@ from torch import Tensor
 from modmoe.gating.base import adjustable_experts
 from modmoe.gating.token_choice import TopKRouter
 from modmoe.growable import GrowableBuffer, Init, RowSpec
-from modmoe.pool import ExpertPool, Preserving, Rows
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Preserving, Rows
 
 
 class GroupLimitedRouter(TopKRouter):

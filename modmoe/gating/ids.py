@@ -6,7 +6,8 @@ from torch import Tensor
 
 from modmoe.gating.base import Router, require_served
 from modmoe.growable import GrowableBuffer, Init, RowSpec
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool
+from modmoe.rows import Rows
 
 MIX = 0x45D9F3B  # an odd 27-bit multiplier: its product with 32 bits fits int64
 LOW = 0xFFFFFFFF

@@ -12,7 +12,7 @@ from modmoe.gating.base import at_least_float32
 from modmoe.gating.classwise import DENSITY, DensityRouter, PartOfRows
 from modmoe.gating.fitted import FittedRouter, class_generator, sum_by_owner
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 BATCH_SIZE = 128
 NETWORK = ("hidden", "hidden_bias", "output", "output_bias")

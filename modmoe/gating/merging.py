@@ -8,8 +8,8 @@ from torch import Tensor
 from modmoe.gating.base import Scope, at_least_float32, require_served
 from modmoe.gating.blended import check_tokens, dense_triples, kept_pairs, sequence_shape
 from modmoe.gating.token_choice import DenseRouter
-from modmoe.pool import Rows
 from modmoe.routing import MergedRouting
+from modmoe.rows import Rows
 
 
 class MergingRouter(DenseRouter):

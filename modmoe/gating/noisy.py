@@ -8,7 +8,7 @@ from modmoe.gating.base import Noisy, at_least_float32
 from modmoe.gating.capacity import Capacity
 from modmoe.gating.token_choice import TopKRouter
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 
 class NoisyTopKRouter(TopKRouter):

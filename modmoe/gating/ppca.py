@@ -9,7 +9,7 @@ from torch import Tensor
 from modmoe.gating.classwise import DensityRouter
 from modmoe.gating.fitted import class_generator
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 OVERSAMPLING = 10  # columns beyond the rank in the subspace iteration
 POWER_STEPS = 6

@@ -9,8 +9,9 @@ from torch import Tensor
 from modmoe.gating.base import Router, adjustable_experts, at_least_float32, open_pairs
 from modmoe.gating.token_choice import GATE_STD
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import ExpertPool, Preserving, Rows
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Preserving, Rows
 
 L1_START = 1e-8
 L1_FACTOR = 1.2

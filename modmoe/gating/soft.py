@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from modmoe.gating.base import Router, Scope, at_least_float32
 from modmoe.gating.blended import check_tokens, dense_triples, kept_pairs, sequence_shape
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import Rows
 from modmoe.routing import SlotRouting
+from modmoe.rows import Rows
 
 EPS = 1e-6
 

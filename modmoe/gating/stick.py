@@ -8,7 +8,8 @@ from modmoe.gating.base import at_least_float32
 from modmoe.gating.classwise import DENSITY, ClasswiseRouter, PartOfRows
 from modmoe.gating.fitted import FittedRouter, sum_by_owner
 from modmoe.growable import GrowableBuffer, RowSpec
-from modmoe.pool import ExpertPool, Rows
+from modmoe.pool import ExpertPool
+from modmoe.rows import Rows
 
 
 class StickRouter(FittedRouter):

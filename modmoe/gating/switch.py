@@ -6,7 +6,7 @@ from torch import Tensor
 from modmoe.gating.base import at_least_float32
 from modmoe.gating.capacity import Capacity
 from modmoe.gating.token_choice import TopKRouter
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 SWITCH_CAPACITY = Capacity(1.25)
 GSHARD_CAPACITY = Capacity(1.0)  # C = 2 T / E, as in the paper

@@ -9,7 +9,7 @@ from torch import Tensor
 from modmoe.gating.base import Router, at_least_float32
 from modmoe.gating.capacity import Capacity
 from modmoe.growable import Init, RowSpec
-from modmoe.pool import Preserving, Rows
+from modmoe.rows import Preserving, Rows
 
 GATE_STD = 0.02
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from modmoe.experts.base import Expert
 from modmoe.kernels.batched import BatchedOps
 from modmoe.kernels.select import run_backend
-from modmoe.pool import Group
 from modmoe.routing import MergedRouting, SlotRouting
+from modmoe.rows import Group
 
 
 def run_blended(

@@ -1,5 +1,6 @@
 """What ``backend="auto"`` takes, and why."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from math import prod
@@ -19,10 +20,28 @@ DENSE_MAX_TOKENS = 64
 
 
 class Choice(NamedTuple):
-    """A backend, and why it was taken."""
+    """A backend, and why it was taken.
+
+    Args:
+        backend: its name.
+        why: where nothing was measured.
+        seconds: (backend, seconds) of the nearest measurement, the fastest first.
+        source: of that measurement.
+    """
 
     backend: str
-    reason: str
+    why: str = ""
+    seconds: Sequence[tuple[str, float]] = ()
+    source: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The why in words."""
+        if not self.seconds:
+            return self.why
+        times = dict(self.seconds)
+        others = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds if name != self.backend)
+        return f"{1e3 * times[self.backend]:.3g} ms where {self.source} ({others})"
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -45,7 +64,8 @@ def choose_backend(expert: Expert, num_experts: int, x: Tensor, routing: Routing
         return default_backend(expert, num_experts, len(x), x.dtype, x.device)
     if expert.one_by_one_on_cpu:
         return default_backend(expert, num_experts, len(x), x.dtype, x.device)
-    candidates = ("dense", "bmm") + (("fused",) if expert.two_layers() is not None else ("grouped",))
+    # the fused backend looks at the loads itself, and pads where that pays
+    candidates = ("dense", "fused") if expert.two_layers() is not None else ("dense", "bmm", "grouped")
     training = torch.is_grad_enabled()
     work = Work(len(x), len(routing.token_index) / max(len(x), 1), num_experts, weights_of(expert), training)
     ranking, source = _ranking(current_table(), "cpu", str(x.dtype).removeprefix("torch."), _rounded(work), candidates)
@@ -57,8 +77,7 @@ def choose_backend(expert: Expert, num_experts: int, x: Tensor, routing: Routing
             imbalance = float(load.max() / load.double().mean().clamp(min=1e-9))
             if seconds * imbalance > ranking[place + 1][1]:
                 continue
-        others = ", ".join(f"{other} {1e3 * s:.3g} ms" for other, s in ranking if other != name)
-        return Choice(name, f"{1e3 * seconds:.3g} ms where {source} ({others})")
+        return Choice(name, seconds=ranking, source=source)
     raise AssertionError("the last candidate is taken")
 
 
@@ -69,20 +88,20 @@ def default_backend(
     compiling = torch.compiler.is_compiling()
     on_cpu = device.type == "cpu"
     if on_cpu and not compiling and expert.one_by_one_on_cpu:
-        return Choice("reference", "the CPU computes such experts faster one after the other")
+        return Choice("reference", why="the CPU computes such experts faster one after the other")
     if on_cpu and num_experts <= DENSE_MAX_EXPERTS and num_tokens <= DENSE_MAX_TOKENS and dtype != torch.float64:
-        return Choice("dense", "few experts and few tokens: computing everything beats moving tokens")
+        return Choice("dense", why="few experts and few tokens: computing everything beats moving tokens")
     if on_cpu and not compiling and expert.two_layers() is not None:
-        return Choice("fused", "one function for the whole layer")
+        return Choice("fused", why="one function for the whole layer")
     if dtype == torch.float64:
         if compiling:
-            return Choice("dense", "grouped_mm takes no float64, and a loop over loads would break the graph")
-        return Choice("reference", "grouped_mm takes no float64")
+            return Choice("dense", why="grouped_mm takes no float64, and a loop over loads would break the graph")
+        return Choice("reference", why="grouped_mm takes no float64")
     if device.type == "cuda" and not compiling and supports(expert) and usable(device, dtype) and _has_triton():
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         if not (hopper and dtype == torch.bfloat16 and _is_aligned(expert)):
-            return Choice("triton", "a few kernels for the whole layer, which wait for nothing")
-    return Choice("grouped", "one grouped product for all experts of a size")
+            return Choice("triton", why="a few kernels for the whole layer, which wait for nothing")
+    return Choice("grouped", why="one grouped product for all experts of a size")
 
 
 def _has_triton() -> bool:

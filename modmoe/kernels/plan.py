@@ -45,6 +45,10 @@ class Plan:
         own = weight.index_select(0, self.source)
         return (own if self.real is None else own * self.real.to(own.dtype)).unsqueeze(1)
 
+    def combine(self, rows: Tensor, num_tokens: int) -> Tensor:
+        """(T, ...): the sum of each token's rows (M, ...)."""
+        return rows.new_zeros(num_tokens, *rows.shape[1:]).index_add(0, self.token, rows)
+
     def weight_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """(N,): the gradient of the combine weights from that of the rows' (M,)."""
         if self.real is None:

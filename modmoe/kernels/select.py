@@ -13,8 +13,9 @@ from modmoe.kernels.fused import run_fused
 from modmoe.kernels.grouped import run_grouped
 from modmoe.kernels.reference import run_reference
 from modmoe.kernels.triton import run_triton
-from modmoe.pool import ExpertPool, Group
+from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
+from modmoe.rows import Group
 
 Backend = Literal["auto", "reference", "dense", "bmm", "grouped", "fused", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)

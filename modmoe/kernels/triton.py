@@ -26,8 +26,8 @@ from modmoe.kernels import triton_launch
 from modmoe.kernels.grouped import run_grouped
 from modmoe.kernels.triton_launch import usable
 from modmoe.kernels.triton_steps import Call, Launches, Order, sort_by_expert
-from modmoe.pool import Group
 from modmoe.routing import Routing
+from modmoe.rows import Group
 
 __all__ = ["run_triton", "supports", "usable"]
 

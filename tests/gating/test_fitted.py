@@ -11,7 +11,7 @@ from modmoe import ExpertPool, MLPExpert, MoELayer
 from modmoe.gating.classwise import SINGLE_CLASS, ClasswiseRouter
 from modmoe.gating.fitted import class_generator, sum_by_owner
 from modmoe.growable import RowSpec
-from modmoe.pool import Rows
+from modmoe.rows import Rows
 
 
 class MeanRouter(ClasswiseRouter):

@@ -20,7 +20,7 @@ import torch
 from modmoe import Expert, MLPExpert, Routing, SwiGLUExpert
 from modmoe.kernels import triton, triton_launch
 from modmoe.kernels.triton import run_triton
-from modmoe.pool import Group
+from modmoe.rows import Group
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,7 @@ from modmoe import Expert, ExpertPool, MLPExpert, Routing, SwiGLUExpert
 from modmoe.kernels import triton_launch, triton_table
 from modmoe.kernels.select import combine, compute_assignments
 from modmoe.kernels.triton import run_triton
-from modmoe.pool import Group
+from modmoe.rows import Group
 
 Result = dict[str, Any]
 

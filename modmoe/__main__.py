@@ -1,0 +1,7 @@
+"""``python -m modmoe``."""
+
+import sys
+
+from modmoe.cli import main
+
+sys.exit(main())
