@@ -24,3 +24,4 @@ test: check
 
 bench: $(stamp)
 	$(python) benchmarks/kernels.py --json benchmarks/results/kernels.json
+	$(python) benchmarks/plot_kernels.py

@@ -82,9 +82,10 @@ def time_in_turn(
     """Time the arms in turn, in another order each round, so that drift of the machine's speed meets all of them.
 
     On a CPU each timed call follows one of the same arm that is not timed (unless it is LONG): it finds the caches and
-    the heap as a training loop leaves them, not as another arm does. Each arm gets an equal share of the budget: a slow one runs in every n-th round only, n a power of two so that the
-    rounds of any two arms meet. Even where it costs more than its share each runs MIN_ROUNDS times, or MIN_SLOW_ROUNDS
-    if it takes more than SLOW times the median arm's time.
+    the heap as a training loop leaves them, not as another arm does. Each arm gets an equal share of the budget: a slow
+    one runs in every n-th round only, n a power of two so that the rounds of any two arms meet. Even where it costs
+    more than its share each runs MIN_ROUNDS times, or MIN_SLOW_ROUNDS if it takes more than SLOW times the median
+    arm's time.
 
     Args:
         calls: arm -> what is timed. Each runs before it counts: twice, or once if a call is LONG.

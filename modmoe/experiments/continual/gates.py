@@ -24,14 +24,16 @@ class GateInput:
         num_pixels: of these; they stand last.
         num_classes: of the whole stream.
         regularization: of the Gaussian gates' variances.
-        components: of each class's mixture of probabilistic PCA.
+        em_iterations: of mixtures of probabilistic PCA.
+        noise_floor: of these.
     """
 
     num_features: int
     num_pixels: int
     num_classes: int
     regularization: float
-    components: int
+    em_iterations: int
+    noise_floor: float
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -40,17 +42,21 @@ class GateInput:
         return (first, self.num_features) if first else None
 
 
+def _mixture(settings: GateInput, num_features: int) -> PPCARouter:
+    return PPCARouter(num_features, iterations=settings.em_iterations, noise_floor=settings.noise_floor)
+
+
 GATES: dict[str, Callable[[GateInput], FittedRouter]] = {
     "gaussian": lambda i: GaussianRouter(i.num_features, regularization=i.regularization),
     "gaussian_per_expert": lambda i: GaussianRouter(i.num_features, False, regularization=i.regularization),
     "prototype": lambda i: PrototypeRouter(i.num_features),
-    "ppca": lambda i: PPCARouter(i.num_features, i.components),
+    "ppca": lambda i: _mixture(i, i.num_features),
     "autoencoder": lambda i: AutoencoderRouter(i.num_features),
     "expert_gate": lambda i: expert_gate(i.num_features),
-    "learned": lambda i: LearnedRouter(i.num_features, PPCARouter(i.num_features, i.components)),
+    "learned": lambda i: LearnedRouter(i.num_features, _mixture(i, i.num_features)),
     "stick": lambda i: StickRouter(i.num_features, i.num_classes),
     "stick_density": lambda i: StickRouter(
-        i.num_features, i.num_classes, density=PPCARouter(i.num_pixels, i.components), density_slice=i.pixels
+        i.num_features, i.num_classes, density=_mixture(i, i.num_pixels), density_slice=i.pixels
     ),
 }
 GATE_NAMES = {

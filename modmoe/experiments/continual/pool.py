@@ -38,7 +38,8 @@ def run_pool(
     """
     torch.manual_seed(seed)
     num_features, width = tasks[0].train_x.shape[1], num_classes(tasks)
-    router = GATES[gate](GateInput(num_features, num_pixels, width, config.regularization, config.components))
+    settings = (config.regularization, config.em_iterations, config.noise_floor)
+    router = GATES[gate](GateInput(num_features, num_pixels, width, *settings))
     model = PoolClassifier(make_expert(config, num_features, num_pixels), router, width)
     plugin = ExpertPoolPlugin(growth=Novelty(seed=seed) if config.experience_size else None)
     strategy = make_strategy(model, [plugin], config.learning_rate, config.batch_size, config.epochs)

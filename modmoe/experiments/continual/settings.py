@@ -47,7 +47,8 @@ class ContinualSettings:
         other_gates: gates that run besides, as ``pool_<gate>``.
         baselines: Avalanche's methods that run besides.
         regularization: added to the Gaussian gates' variances, in squared units of the inputs.
-        components: of each class's mixture of probabilistic PCA.
+        em_iterations: of the fit of mixtures of probabilistic PCA.
+        noise_floor: added to the variances of mixtures of probabilistic PCA, in squared units of the inputs.
         expert: MLPs on the features, or small convolutional networks (5x5 kernels, stride 2) on the pixels; the
             baselines are networks of the same kind.
         hidden_features: hidden size of an MLP expert.
@@ -73,7 +74,8 @@ class ContinualSettings:
     other_gates: list[Gate] = field(default_factory=lambda: ["gaussian_per_expert", "prototype"])
     baselines: list[Network] = field(default_factory=lambda: ["naive", "replay", "joint"])
     regularization: float = 0.01
-    components: int = 10
+    em_iterations: int = 4
+    noise_floor: float = 0.002
     expert: Literal["mlp", "conv"] = "mlp"
     hidden_features: int = 32
     channels: list[int] = field(default_factory=lambda: [16, 32])
