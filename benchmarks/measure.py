@@ -93,7 +93,11 @@ def time_in_turn(
         budget: seconds for all of them.
         seconds_of: the clock.
     """
-    first = {}
+    first: dict[str, float] = {}
+
+    def warms_up(name: str) -> bool:
+        return seconds_of is process_seconds and first[name] < LONG
+
     for name, call in calls.items():
         prepare(name)
         first[name] = seconds_of(call)
@@ -103,7 +107,7 @@ def time_in_turn(
         if first[name] < LONG or seconds_of is gpu_seconds:  # a GPU's first call may compile
             prepare(name)
             first[name] = seconds_of(call)
-        share = math.floor(budget / len(calls) / max(first[name], 1e-7) / (2 if first[name] < LONG else 1))
+        share = math.floor(budget / len(calls) / max(first[name], 1e-7) / (2 if warms_up(name) else 1))
         rounds[name] = min(max(share, MIN_ROUNDS if first[name] < slow else MIN_SLOW_ROUNDS), MAX_ROUNDS)
     total = max(rounds.values())
     strides = {name: 2 ** math.floor(math.log2(total / own)) for name, own in rounds.items()}
@@ -117,7 +121,7 @@ def time_in_turn(
             for name in order:
                 if number % strides[name]:
                     continue
-                if first[name] < LONG and seconds_of is process_seconds:
+                if warms_up(name):
                     prepare(name)
                     calls[name]()
                 prepare(name)
