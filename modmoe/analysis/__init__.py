@@ -1,6 +1,6 @@
 """Records, summaries and reports of runs; measures of how experts are used and what they specialise in."""
 
-from modmoe.analysis.records import Matrix, MethodRecord, half_width, mean_matrices, summarise
+from modmoe.analysis.records import Matrix, MethodRecord, Picture, half_width, mean_matrices, summarise
 from modmoe.analysis.report import result_table, write_report
 from modmoe.analysis.specialization import (
     assignment_accuracy,
@@ -23,6 +23,7 @@ from modmoe.analysis.usage import (
 __all__ = [
     "Matrix",
     "MethodRecord",
+    "Picture",
     "assignment_accuracy",
     "coefficient_of_variation",
     "dead_experts",

@@ -41,6 +41,33 @@ class Matrix:
             raise ValueError(f"values have {columns} columns but column_names has {len(self.column_names)} names")
 
 
+KINDS = {b"\x89PNG": "image/png", b"GIF8": "image/gif"}
+
+
+@dataclass
+class Picture:
+    """A drawing or a film of what a method does.
+
+    Args:
+        data: a PNG or GIF file.
+        caption: what is to be seen, in one sentence.
+    Raises:
+        ValueError: if the data are of another kind.
+    """
+
+    data: bytes
+    caption: str = ""
+
+    def __post_init__(self) -> None:
+        if self.data[:4] not in KINDS:
+            raise ValueError(f"a Picture is a PNG or a GIF file, these bytes start with {self.data[:4]!r}")
+
+    @property
+    def kind(self) -> str:
+        """The media type."""
+        return KINDS[self.data[:4]]
+
+
 @dataclass
 class MethodRecord:
     """What one method gives for one seed.
@@ -51,12 +78,14 @@ class MethodRecord:
             ``"routing"`` (rows: task, columns: expert).
         series: name -> one number per step, for instance ``"num_experts"`` after each task.
         about: one sentence on what the method is, for the report.
+        pictures: title -> Picture; the report shows those of the first seed.
     """
 
     metrics: dict[str, float]
     matrices: dict[str, Matrix] = field(default_factory=dict)
     series: dict[str, list[float]] = field(default_factory=dict)
     about: str = ""
+    pictures: dict[str, Picture] = field(default_factory=dict)
 
 
 def summarise(per_seed: list[dict[str, MethodRecord]]) -> dict[str, dict[str, dict]]:

@@ -63,9 +63,10 @@ def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | P
             bar.update()
 
     about = {method: record.about for method, record in per_seed[0].items()}
+    pictures = {method: record.pictures for method, record in per_seed[0].items()}
     results = {"config": settings, "methods": summary}
     _write_json(out / "metrics.json", results)
-    write_report(out / "report.html", f"modmoe: {name}", settings, summary, mean_matrices(per_seed), about)
+    write_report(out / "report.html", f"modmoe: {name}", settings, summary, mean_matrices(per_seed), about, pictures)
     print(_text_table(summary))
     print()
     for label, path in (

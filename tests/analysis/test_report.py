@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from modmoe.analysis.records import Matrix
+from modmoe.analysis.records import Matrix, Picture
 from modmoe.analysis.report import result_table, write_report
 
 
@@ -55,6 +55,18 @@ def test_the_page_says_what_was_run(tmp_path):
 def test_the_page_loads_nothing_from_outside(tmp_path):
     text = page(tmp_path, matrices={"m": {"accuracy": accuracy()}})
     assert not re.search(r"https?:|//|<script|<link|<img|src=|url\(|@import", text)
+
+
+def test_pictures_are_in_the_page_itself(tmp_path):
+    path = tmp_path / "report.html"
+    film = Picture(b"GIF89a\x00", 'a "leap"')
+    write_report(path, "Run", {}, {"m": {"a": entry(0.5)}}, {}, pictures={"m": {"film": film}, "other": {}})
+    text = path.read_text(encoding="utf-8")
+    # base64 of the bytes 47 49 46 38 39 61 00
+    assert '<img src="data:image/gif;base64,R0lGODlhAA==" alt="m: a &quot;leap&quot;">' in text
+    assert not re.search(r"https?:|//|<script|<link|url\(|@import", text)
+    with pytest.raises(ValueError, match="PNG or a GIF file, these bytes start with b'JFIF'"):
+        Picture(b"JFIF")
 
 
 def test_all_text_is_escaped(tmp_path):

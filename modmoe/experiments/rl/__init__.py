@@ -1,0 +1,1 @@
+"""Reinforcement learning: MACE, mixture policies beside plain ones, tasks in sequence."""
