@@ -205,7 +205,10 @@ def wrong_host(modules: Modules) -> list[str]:
     found = []
     for module in modules.values():
         core = module.part in RANK or module.part == ""
-        own = [*PLUGIN_HOSTS.get(module.part, []), *TOOLS] if module.part in PLUGIN_HOSTS else []
+        own = [*PLUGIN_HOSTS[module.part], *TOOLS] if module.part in PLUGIN_HOSTS else []
+        path = module.name.split(".")
+        if path[1:2] == ["experiments"] and len(path) > 3:  # a domain's loops: imported when one of them is run
+            own = [*PLUGIN_HOSTS.get(path[2], []), *TOOLS]
         for imported in module.imports:
             host = within(imported.target, HOSTS)
             if host and imported.on_import and not within(imported.target, own):
@@ -327,6 +330,7 @@ VIOLATIONS = [
     (wrong_host, {"modmoe.analysis.tb": "from torch.utils import tensorboard"}, "loads torch.utils"),
     (wrong_host, {"modmoe.experiments.rl": "try:\n    import gymnasium\nexcept ImportError: pass"}, "loads gymnasium"),
     (wrong_host, {"modmoe.experiments.rl": "class A:\n    gym = import_host('gymnasium')"}, "loads gymnasium"),
+    (wrong_host, {"modmoe.experiments.rl.loop": "import avalanche"}, "loads avalanche"),
     (wrong_host, {"modmoe.continual.plugin": "import learn2learn"}, "loads learn2learn"),
     (wrong_host, {"modmoe.continual.plugin": LAZY.format("import_host('learn2learn.nn')")}, "another plugin's"),
     (wrong_direction, {"modmoe.rl.ppo": LAZY.format("import modmoe_envs")}, "imports modmoe_envs"),
