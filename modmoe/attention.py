@@ -14,7 +14,6 @@ from modmoe.layer import MoELayer
 from modmoe.pool import ExpertPool
 from modmoe.routing import Routing
 from modmoe.rows import Group
-from modmoe.tasks import TaskIds
 
 
 class MoAttention(MoELayer):
@@ -22,7 +21,8 @@ class MoAttention(MoELayer):
 
     The keys K = X W_k and values V = X W_v of a sequence X are computed once, whatever the router says. W_k and W_v
     belong to no expert, and ``freeze()`` without ids freezes them too. Until then they are trained, so a frozen head's
-    rows stay what they are but its output moves with them.
+    rows stay what they are but its output moves with them. It is called with sequences (..., S, D); where a mask
+    (..., S) says that a token is none, nobody attends to it, and its output is zero.
 
     Args:
         pool: of AttentionExpert.
@@ -66,31 +66,6 @@ class MoAttention(MoELayer):
                 f"heads need the same number of choices for each token, and whole tokens: {type(router).__name__} "
                 f"gives {router.form}"
             )
-
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        task_ids: TaskIds | None = None,
-        *,
-        top_k: int | None = None,
-        expert_mask: Tensor | None = None,
-        ids: Tensor | None = None,
-    ) -> Tensor:
-        """Route and attend.
-
-        Args:
-            x: (..., S, D) sequences.
-            mask: (..., S) bool, True for real tokens; nobody attends to the others, and their output is zero.
-            task_ids, top_k, expert_mask, ids: as of any MoELayer.
-        Returns:
-            (..., S, D) with x's dtype (under autocast: the autocast dtype).
-        Raises:
-            ValueError: as MoELayer, and where x is no sequence.
-            NonFiniteError: on a non-finite input or score.
-        """
-        routing = self.route(x, mask, task_ids, top_k=top_k, expert_mask=expert_mask, ids=ids)
-        return self.mix(x, routing)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The output of each assignment's head, not weighted: (..., S, D) -> (N, D), zero where dropped."""

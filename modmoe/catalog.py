@@ -3,10 +3,10 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from modmoe.attention import MoAttention, why_not_causal
+from modmoe.errors import did_you_mean
 from modmoe.experts import AttentionExpert, ConvExpert, Expert, LoRAExpert, MLPExpert, SwiGLUExpert
 from modmoe.gating import (
     AttentionRouter,
@@ -80,8 +80,7 @@ def make_router(name: str, in_features: int, **options: Any) -> Router:
         ValueError: on an unknown name, an unknown or missing option, or as the class raises.
     """
     if name not in ROUTERS:
-        close = get_close_matches(name, ROUTERS, n=1)
-        raise ValueError(f"unknown router '{name}'" + (f", did you mean '{close[0]}'?" if close else f": {[*ROUTERS]}"))
+        raise ValueError(f"unknown router '{name}'{did_you_mean(name, ROUTERS)} (known: {', '.join(ROUTERS)})")
     kind = ROUTERS[name]
     try:
         inspect.signature(kind).bind(in_features, **options)
@@ -209,7 +208,7 @@ def gate_tables() -> dict[str, list[dict[str, Any]]]:
 
 def format_gate_tables() -> str:
     """The two tables as text."""
-    tables = gate_tables()
+    tables, routers = gate_tables(), example_routers()
     gates = [{key: _cell(value) for key, value in row.items()} for row in tables["gates"]]
     reasons: dict[str, str] = {}  # text -> its mark
     pairs = []
@@ -218,7 +217,7 @@ def format_gate_tables() -> str:
         for kind in list(row)[1:]:
             reason = row[kind]
             # what is said of one router is said of every one that decides on the same
-            text = None if reason is None else reason.replace(type(example_routers()[row["gate"]]).__name__, "the gate")
+            text = None if reason is None else reason.replace(type(routers[row["gate"]]).__name__, "the gate")
             cells[kind] = "yes" if text is None else f"no ({reasons.setdefault(text, str(len(reasons) + 1))})"
         pairs.append(cells)
     notes = [f"({mark}) {text}" for text, mark in reasons.items()]

@@ -10,9 +10,9 @@ from typing import Any
 # jsonargparse, yaml and the experiments (with their hosts) are imported where they are used, so that help and
 # mistakes on the command line do not wait for them.
 from modmoe import __version__
-from modmoe.errors import MissingExtraError
+from modmoe.errors import MissingExtraError, did_you_mean
 from modmoe.experiments.keys import Keys, UsageError, replaced
-from modmoe.experiments.registry import EXPERIMENTS, UnknownExperimentError, did_you_mean, load_config_class
+from modmoe.experiments.registry import EXPERIMENTS, UnknownExperimentError, load_config_class
 
 _USAGE = "usage: modmoe run CONFIG [--key value ...] [--seeds N] [--out DIR]"
 

@@ -141,9 +141,9 @@ class ExpertPool(nn.Module):
         if one_bank and tuple(row.owner for row in rows) == self.ids:  # nothing to look up
             tensors = {name: of_name[0][0] for name, of_name in banks.items()}
             return [Group(self.ids, tuple(range(len(rows))), frozen, tensors)]
-        largest = max(growables.values(), key=lambda growable: len(growable.banks()))  # the most finely divided
+        largest = max(banks.values(), key=len)  # the most finely divided
         members: dict[tuple[Hashable, bool], list[int]] = {}
-        for number, (_, rows, frozen) in enumerate(largest.banks()):
+        for number, (_, rows, frozen) in enumerate(largest):
             for row in rows:
                 members.setdefault((key(number, self._book[row.owner]), frozen), []).append(row.owner)
         position = {expert_id: index for index, expert_id in enumerate(self.ids)}

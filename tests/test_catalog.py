@@ -25,8 +25,8 @@ def test_a_router_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("topk", {}, "unknown router 'topk', did you mean 'top_k'"),
-        ("zzz", {}, "unknown router 'zzz': .*'dense', 'top_k'"),
+        ("topk", {}, "unknown router 'topk'; did you mean 'top_k'"),
+        ("zzz", {}, "unknown router 'zzz' .known: dense, top_k"),
         ("top_k", {"k": 2}, "router 'top_k': got an unexpected keyword argument 'k'; it takes .*top_k: int = 2"),
         ("stick", {}, "router 'stick': missing a required argument: 'num_classes'"),
         ("top_k", {"top_k": 0}, "top_k must be at least 1"),

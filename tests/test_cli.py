@@ -175,7 +175,7 @@ def test_mistakes_in_the_file(config, tmp_path, capsys, text, message):
     ("text", "message"),
     [
         ("experiment: toi\n", "unknown experiment 'toi'; did you mean 'toy'?"),
-        ("seeds: 3\n", "the key 'experiment' is missing (known: continual, toy)"),
+        ("seeds: 3\n", "the key 'experiment' is missing (known: continual, "),
         ("- a\n", "expected settings of the form 'key: value'"),
         ("", "expected settings of the form 'key: value'"),
         ("experiment: toy\nseeds: [1\n", "small.yaml, line 3: "),
@@ -211,7 +211,7 @@ def test_help(config, capsys):
     assert capsys.readouterr().out == bare
     assert "modmoe run CONFIG" in bare
     assert cli.main(["run", "--help"]) == 0
-    assert "experiments: continual, toy" in capsys.readouterr().out
+    assert f"experiments: {', '.join(EXPERIMENTS)}" in capsys.readouterr().out
 
 
 def test_help_on_a_config_lists_its_settings(config, capsys, monkeypatch):

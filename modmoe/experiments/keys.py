@@ -6,7 +6,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from modmoe.experiments.registry import did_you_mean
+from modmoe.errors import did_you_mean
 
 
 class UsageError(Exception):

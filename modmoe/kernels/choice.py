@@ -60,9 +60,7 @@ def choose_backend(expert: Expert, num_experts: int, x: Tensor, routing: Routing
         x: (T, D) tokens.
         routing: flat triples.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return default_backend(expert, num_experts, len(x), x.dtype, x.device)
-    if expert.one_by_one_on_cpu:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or expert.one_by_one_on_cpu:
         return default_backend(expert, num_experts, len(x), x.dtype, x.device)
     # the fused backend looks at the loads itself, and pads where that pays
     candidates = ("dense", "fused") if expert.two_layers() is not None else ("dense", "bmm", "grouped")
@@ -110,17 +108,20 @@ def _has_triton() -> bool:
 
 def _is_aligned(expert: Expert) -> bool:
     """Whether grouped_mm takes every matrix without padding: rows of 16 bytes, which are 8 numbers in bfloat16."""
-    sizes = expert.sizes()
-    shapes = [[sizes[s] if isinstance(s, str) else s for s in spec.shape] for spec in expert.row_specs().values()]
-    return all(size % 8 == 0 for shape in shapes if len(shape) > 1 for size in shape)
+    return all(size % 8 == 0 for shape in matrix_shapes(expert) for size in shape)
 
 
 @lru_cache(maxsize=256)
 def weights_of(expert: Expert) -> int:
     """Numbers in the matrices of one expert of the description's sizes."""
+    return sum(prod(shape) for shape in matrix_shapes(expert))
+
+
+def matrix_shapes(expert: Expert) -> list[list[int]]:
+    """The shapes of one expert's matrices, of the description's sizes."""
     sizes = expert.sizes()
     shapes = [[sizes[s] if isinstance(s, str) else s for s in spec.shape] for spec in expert.row_specs().values()]
-    return sum(prod(shape) for shape in shapes if len(shape) > 1)
+    return [shape for shape in shapes if len(shape) > 1]
 
 
 def _rounded(work: Work) -> Work:

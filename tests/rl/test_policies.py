@@ -118,7 +118,7 @@ def test_some_routers_are_taken_and_some_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"router": "topk"}, "unknown router 'topk', did you mean 'top_k'"),
+        ({"router": "topk"}, "unknown router 'topk'; did you mean 'top_k'"),
         ({"router": "top_k", "router_kwargs": {"top_k": 5}}, "top_k=5 experts cannot be chosen out of 2"),
         ({"router": TopKRouter(3)}, "the router takes 3 features, the gate's input has 4"),
         ({"expert": "mlpp"}, "unknown expert 'mlpp'"),
