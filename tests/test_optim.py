@@ -361,3 +361,19 @@ def test_training_goes_on_equally_after_save_and_load():
     want, got = layer.state_dict(), loaded.state_dict()
     assert got.keys() == want.keys()
     assert [key for key in want if not torch.equal(got[key], want[key])] == []
+
+
+def test_an_optimizer_does_not_mix_up_experts_of_before_and_after_a_load():
+    layer = make_layer(2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(5, D)).sum().backward()
+    optimizer.step()
+    other = make_layer(1)
+    other.add_experts(1, hidden_features=6)  # its row 1 is larger than the row 1 that the optimizer knows
+    layer.load_state_dict(other.state_dict())
+    sync_optimizer(optimizer, layer)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in layer.parameters()}
+    assert len(optimizer.state) == 0
+    layer(torch.randn(5, D)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == len(list(layer.parameters()))

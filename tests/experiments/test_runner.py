@@ -107,7 +107,7 @@ def test_an_experiment_is_found_by_name(monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "by_name", "modmoe.analysis.records:Matrix")
     with pytest.raises(TypeError, match=r"a dataclass with a run method, got <class '.*Matrix'>"):
         load_config_class("by_name")
-    with pytest.raises(UnknownExperimentError, match=r"'toi'; did you mean 'toy'\? \(known: continual, .*toy, by_name\)"):
+    with pytest.raises(UnknownExperimentError, match=r"'toi'; did you mean 'toy'\? \(known: .*toy, by_name\)"):
         load_config_class("toi")
 
 

@@ -25,7 +25,6 @@ from modmoe import (
     SwiGLUExpert,
     TopKRouter,
 )
-from modmoe.kernels.choice import default_backend
 from modmoe.kernels.select import CPU_BACKENDS, combine, compute_assignments
 
 FAST = tuple(backend for backend in CPU_BACKENDS if backend != "reference")
@@ -493,27 +492,3 @@ def test_frozen_experts_get_no_gradient_and_cost_less(backend):
     frozen = [group for group in layer.pool.groups() if group.frozen]
     assert [group.ids for group in frozen] == [(0, 1)]
     assert not any(tensor.requires_grad for tensor in frozen[0].tensors.values())
-
-
-# -- the choice of a backend -------------------------------------------------------------------------------------------
-
-
-def test_without_measurements_kind_and_sizes_decide(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    mlp, conv = MLPExpert(8, 8), ConvExpert((1, 4, 4), (2,))
-    assert default_backend(mlp, 4, 64, torch.float32, cpu).backend == "dense"
-    assert default_backend(mlp, 5, 64, torch.float32, cpu).backend == "fused"
-    assert default_backend(mlp, 4, 65, torch.float32, cpu).backend == "fused"
-    assert default_backend(mlp, 2, 2, torch.float32, cuda).backend == "grouped"
-    assert (
-        default_backend(conv, 4, 64, torch.float32, cpu).backend == "reference"
-    )  # one native convolution after the other
-    assert default_backend(conv, 4, 64, torch.float32, cuda).backend == "grouped"
-    assert default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "fused"
-    assert default_backend(mlp, 100, 1000, torch.float64, cuda).backend == "reference"  # grouped_mm has no float64
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert default_backend(conv, 4, 65, torch.float32, cpu).backend == "grouped"
-    assert default_backend(mlp, 100, 1000, torch.float32, cpu).backend == "grouped"
-    assert (
-        default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "dense"
-    )  # the loop's nonzero would break the graph

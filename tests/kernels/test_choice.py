@@ -19,7 +19,7 @@ from modmoe import (
 )
 from modmoe.errors import TableError
 from modmoe.kernels import choice, table, tune
-from modmoe.kernels.choice import Choice, choose_backend, weights_of
+from modmoe.kernels.choice import Choice, choose_backend, default_backend, weights_of
 from modmoe.kernels.table import Measurement, Table, Work, current_table, read_table
 from modmoe.routing import Routing
 
@@ -207,3 +207,24 @@ def test_the_command_keeps_a_table_that_auto_reads(tmp_path: Path, monkeypatch, 
 def test_the_command_refuses(arguments: list[str], message: str, capsys):
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_measurements_kind_and_sizes_decide(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    mlp, conv = MLPExpert(8, 8), ConvExpert((1, 4, 4), (2,))
+    assert default_backend(mlp, 4, 64, torch.float32, cpu).backend == "dense"
+    assert default_backend(mlp, 5, 64, torch.float32, cpu).backend == "fused"
+    assert default_backend(mlp, 4, 65, torch.float32, cpu).backend == "fused"
+    assert default_backend(mlp, 2, 2, torch.float32, cuda).backend == "grouped"
+    assert (
+        default_backend(conv, 4, 64, torch.float32, cpu).backend == "reference"
+    )  # one native convolution after the other
+    assert default_backend(conv, 4, 64, torch.float32, cuda).backend == "grouped"
+    assert default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "fused"
+    assert default_backend(mlp, 100, 1000, torch.float64, cuda).backend == "reference"  # grouped_mm has no float64
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert default_backend(conv, 4, 65, torch.float32, cpu).backend == "grouped"
+    assert default_backend(mlp, 100, 1000, torch.float32, cpu).backend == "grouped"
+    assert (
+        default_backend(mlp, 100, 1000, torch.float64, cpu).backend == "dense"
+    )  # the loop's nonzero would break the graph
