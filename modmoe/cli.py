@@ -40,6 +40,7 @@ arguments:
   CONFIG          a YAML file: `experiment: NAME`, optionally `seeds: N`, and settings of that experiment
   --key value     override a setting of the file; dots reach nested ones: --a.b 3 (or --a.b=3)
   --seeds N       number of seeds (default: the file's, else 1)
+  --first_seed N  the first of them (default: the file's, else 0)
   --out DIR       folder for the results (default: runs/<name of CONFIG>)
   -h, --help      show this help; `modmoe run CONFIG --help` lists the settings of CONFIG's experiment
 
@@ -183,30 +184,35 @@ def _run(arguments: list[str]) -> int:
     program = f"modmoe run {file}"
     keys = Keys(config_class(), program)
     seeds = keys.from_yaml("seeds", settings.pop("seeds", 1), str(file))
+    first_seed = keys.from_yaml("first_seed", settings.pop("first_seed", 0), str(file))
     out = Path("runs") / file.stem
     changes = keys.flatten(settings, str(file))
     for key, text in options:
         value = keys.from_text(key, text)
         if key == "seeds":
             seeds = value
+        elif key == "first_seed":
+            first_seed = value
         elif key == "out":
             out = Path(value)
         else:
             changes[key] = value
     if seeds < 1:
         raise UsageError(f"seeds must be at least 1, got {seeds}")
+    if first_seed < 0:
+        raise UsageError(f"first_seed must be at least 0, got {first_seed}")
     try:
         config = replaced(config_class(), changes)
     except ValueError as error:  # a config dataclass checks its values in __post_init__
         raise UsageError(f"{file}: {error}") from error
     if wants_help:  # with the values that would be run
-        print(Keys(config, program, seeds, out).help())
+        print(Keys(config, program, seeds, first_seed, out).help())
         return 0
 
     from modmoe.experiments.runner import run_experiment
 
     try:
-        run_experiment(config, str(experiment), seeds, out)
+        run_experiment(config, str(experiment), seeds, out, first_seed)
     except NotADirectoryError as error:
         raise UsageError(str(error)) from error
     return 0

@@ -116,6 +116,18 @@ def test_the_file_sets_and_the_command_line_overrides(config, tmp_path):
     assert kept["gate"] == {"top_k": 4, "kind": "density"}
 
 
+def test_the_first_seed_may_be_another(config, tmp_path, capsys):
+    write(tmp_path, "experiment: toy\nseeds: 2\nfirst_seed: 5\n")
+    assert cli.main(["run", str(config)]) == 0
+    assert json.loads(Path("runs/small/metrics.json").read_text())["methods"]["pool"]["score"]["seeds"] == [5.0, 6.0]
+    assert cli.main(["run", str(config), "--first_seed", "7"]) == 0
+    assert settings(Path("runs/small"))["first_seed"] == 7
+    capsys.readouterr()
+    assert complaint(capsys, "run", str(config), "--first_seed", "-1") == (
+        "modmoe: error: first_seed must be at least 0, got -1"
+    )
+
+
 def test_the_file_may_use_dotted_keys_and_keeps_the_defaults_beside_them(config, tmp_path):
     write(tmp_path, "experiment: toy\nseeds: 3\ngate.kind: density\nlimit: null\n")
     assert cli.main(["run", str(config), "--learning_rate", "-1"]) == 0

@@ -16,15 +16,18 @@ class UsageError(Exception):
 class Keys:
     """The settings of one experiment: each leaf of its config dataclass, by dotted key, with its type and value."""
 
-    def __init__(self, config: Any, program: str, seeds: int = 1, out: Path = Path("runs")) -> None:
+    def __init__(
+        self, config: Any, program: str, seeds: int = 1, first_seed: int = 0, out: Path = Path("runs")
+    ) -> None:
         from jsonargparse import ArgumentParser
 
         self._parser = ArgumentParser(
             prog=program, description=_summary(type(config)), exit_on_error=False, allow_abbrev=False
         )
-        self._types: dict[str, Any] = {"seeds": int, "out": str}
+        self._types: dict[str, Any] = {"seeds": int, "first_seed": int, "out": str}
         self._groups: set[str] = set()
         self._parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
+        self._parser.add_argument("--first_seed", type=int, default=first_seed, help="the first of them")
         self._parser.add_argument("--out", type=str, default=str(out), help="folder for the results")
         self._add(config, "", "settings")
 

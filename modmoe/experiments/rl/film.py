@@ -48,10 +48,19 @@ def film(
     width, height = images[0].size
     if width > max_width:
         images = [image.resize((max_width, round(height * max_width / width))) for image in images]
-    # one palette for all frames, so that colours do not flicker
-    palette = images[len(images) // 2].quantize(64)
+    palette = palette_of(images)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     delay = max(LEAST_DELAY, round(1000 / (fps or env.metadata.get("render_fps", 10))))
     file = io.BytesIO()
     images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=delay, loop=0)
     return Picture(file.getvalue(), caption)
+
+
+def palette_of(images: list[Image.Image]) -> Image.Image:
+    """One palette for all frames, so that colours do not flicker: of some that are spread over the film."""
+    spread = images[:: max(1, len(images) // 8)]
+    width, height = spread[0].size
+    montage = Image.new("RGB", (width, height * len(spread)))
+    for row, image in enumerate(spread):
+        montage.paste(image, (0, row * height))
+    return montage.quantize(128)
