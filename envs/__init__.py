@@ -1,6 +1,7 @@
 """Gymnasium environments for modular reinforcement learning; importing the package registers them."""
 
 from .leap_terrain import LeapTerrain, LeapTerrainVector, course_distance, held_out_seeds
+from .point_goals import PointGoals, PointGoalsVector
 from .registration import register
 from .rotated_reach import RotatedReach, RotatedReachVector
 from .switching_cartpole import SwitchingCartPole
@@ -18,6 +19,8 @@ from .transfer import (
 __all__ = [
     "LeapTerrain",
     "LeapTerrainVector",
+    "PointGoals",
+    "PointGoalsVector",
     "RotatedReach",
     "RotatedReachVector",
     "SwitchingCartPole",

@@ -79,6 +79,13 @@ class LeapTerrain(WorldEnv):
     ):
         super().__init__(LeapWorld(1, terrain, hardened, course, ContextView(context, context_noise)), render_mode)
 
+    @staticmethod
+    def bounds(primitives: Sequence[Sequence[float]], seeds: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """How far one gets without learning, by primitives and by any action: see ``modmoe_envs.bounds.bounds``."""
+        from .bounds import bounds  # it imports this module
+
+        return bounds(np.asarray(primitives, np.float64), seeds)
+
 
 class LeapTerrainVector(WorldVectorEnv):
     """n ``LeapTerrain`` side by side in numpy; equal to n single ones. Arguments: those of both."""

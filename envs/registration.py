@@ -23,7 +23,17 @@ ENVS: dict[str, dict[str, Any]] = {
         "entry_point": "modmoe_envs.switching_cartpole:SwitchingCartPole",
         "max_episode_steps": 500,
     },
+    "modmoe/PointGoals-v0": {
+        "entry_point": "modmoe_envs.point_goals:PointGoals",
+        "vector_entry_point": "modmoe_envs.point_goals:PointGoalsVector",
+        "max_episode_steps": 20,
+    },
 }
+
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "modmoe/TaskSequence-v0": {"entry_point": "modmoe_envs.task_sequence:sequence_of_contexts"},
+}
+"""Made of another environment, which has to be said: ``env_id`` and ``num_tasks``, see ``TaskSequence.of_contexts``."""
 
 
 def register() -> None:
@@ -33,6 +43,6 @@ def register() -> None:
     itself stopped loading that group in 1.0: there, import the package first or name it,
     ``gymnasium.make("modmoe_envs:modmoe/LeapTerrain-v0")``.
     """
-    for name, options in ENVS.items():
+    for name, options in (ENVS | SEQUENCES).items():
         if name not in gym.registry:
             gym.register(name, **options)

@@ -5,10 +5,11 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .context import check_task
 from .leap_terrain import held_out_seeds
+from .transfer import average_performance, backward_transfer, forgetting, forward_transfer
 
 Policy = Callable[[Any], Any]
 
@@ -98,7 +99,7 @@ class TaskSequence(gym.Env[Any, Any]):
             env.close()
 
     def episode_returns(
-        self, policy: Policy, episodes: int = 20, seeds: Sequence[int] | None = None
+        self, policy: Policy, episodes: int = 20, seeds: Sequence[int] | None = None, at_once: bool = False
     ) -> NDArray[np.float64]:
         """The return of each of some fixed episodes of every task.
 
@@ -108,6 +109,9 @@ class TaskSequence(gym.Env[Any, Any]):
             policy: observation -> action; deterministic, if evaluations are to be equal.
             episodes: for each task.
             seeds: one for each episode, the same in every task; None for ``held_out_seeds(episodes)``.
+            at_once: whether all episodes of a task go on together, which is much faster for networks. Observations
+                have to be arrays; the policy is given (episodes, ...), always of this size, with the last observation
+                of episodes that are over, and gives as many actions.
         Returns:
             (T, episodes) returns.
         Raises:
@@ -116,6 +120,8 @@ class TaskSequence(gym.Env[Any, Any]):
         seeds = held_out_seeds(episodes) if seeds is None else list(seeds)
         if episodes < 1 or len(seeds) != episodes:
             raise ValueError(f"episodes must be 1 or more, with one seed for each; got {episodes} and {len(seeds)}")
+        if at_once:
+            return np.stack([returns_at_once(make, policy, seeds) for make in self.tasks])
         returns = np.zeros((self.num_tasks, episodes))
         for task, make in enumerate(self.tasks):
             env = make()
@@ -124,9 +130,35 @@ class TaskSequence(gym.Env[Any, Any]):
             env.close()
         return returns
 
-    def evaluate(self, policy: Policy, episodes: int = 20, seeds: Sequence[int] | None = None) -> NDArray[np.float64]:
+    def evaluate(
+        self, policy: Policy, episodes: int = 20, seeds: Sequence[int] | None = None, at_once: bool = False
+    ) -> NDArray[np.float64]:
         """(T,) mean returns of ``episode_returns``: one row of the matrix that ``forgetting`` and its like read."""
-        return self.episode_returns(policy, episodes, seeds).mean(1)
+        return self.episode_returns(policy, episodes, seeds, at_once).mean(1)
+
+    def transfer_metrics(self, matrix: ArrayLike, baseline: ArrayLike) -> dict[str, float]:
+        """What the sequence did to a learner; a user who has no import of ``modmoe_envs`` finds it here.
+
+        Args:
+            matrix: (T, T), row i is ``evaluate`` after the training on task i.
+            baseline: (T,), ``evaluate`` of the untrained learner.
+        Returns:
+            "average_performance", "forgetting", "backward_transfer" and "forward_transfer": the functions of these
+            names in ``modmoe_envs``.
+        Raises:
+            ValueError: if a shape does not fit T, or T is 1.
+        """
+        if np.shape(matrix) != (self.num_tasks, self.num_tasks):
+            raise ValueError(f"matrix must be ({self.num_tasks}, {self.num_tasks}), not {np.shape(matrix)}")
+        return {
+            "average_performance": average_performance(matrix),
+            "forgetting": forgetting(matrix),
+            "backward_transfer": backward_transfer(matrix),
+            "forward_transfer": forward_transfer(matrix, baseline),
+        }
+
+
+sequence_of_contexts = TaskSequence.of_contexts  # gymnasium.make finds a module's attributes only
 
 
 class MakeTask:
@@ -147,3 +179,20 @@ def episode_return(env: gym.Env[Any, Any], policy: Policy, seed: int) -> float:
         total += float(reward)
         over = terminated or truncated
     return total
+
+
+def returns_at_once(make: Callable[[], gym.Env[Any, Any]], policy: Policy, seeds: Sequence[int]) -> NDArray[np.float64]:
+    """(n,) returns of n episodes of one task, each in an environment of its own."""
+    envs = [make() for _ in seeds]
+    observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    totals, running = np.zeros(len(seeds)), list(range(len(seeds)))
+    while running:
+        actions = policy(observations)
+        for index in tuple(running):
+            observations[index], reward, terminated, truncated, _ = envs[index].step(actions[index])
+            totals[index] += float(reward)
+            if terminated or truncated:
+                running.remove(index)
+    for env in envs:
+        env.close()
+    return totals

@@ -1,18 +1,24 @@
 """The experiments that ``modmoe run`` knows, imported only when one is asked for."""
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from modmoe.errors import did_you_mean
 
 if TYPE_CHECKING:  # records live in a package that imports torch, which the command line's help must not wait for
     from modmoe.analysis.records import MethodRecord
 
-EXPERIMENTS: dict[str, "str | type"] = {"continual": "modmoe.experiments.continual:ContinualConfig"}
+EXPERIMENTS: dict[str, "str | type"] = {
+    "continual": "modmoe.experiments.continual:ContinualConfig",
+    "mace": "modmoe.experiments.rl.mace:MaceConfig",
+    "rl_policies": "modmoe.experiments.rl.policies:PoliciesConfig",
+    "rl_sequence": "modmoe.experiments.rl.sequence:SequenceConfig",
+}
 """The YAML key ``experiment`` -> "module:Class" of its config dataclass, or the class itself."""
 
-RESERVED = ("experiment", "seeds", "out")
+RESERVED = ("experiment", "seeds", "first_seed", "out")
 """Keys of the config file and the command line that no config dataclass may use for a field."""
 
 
@@ -65,16 +71,3 @@ def load_config_class(experiment: str) -> type[ExperimentConfig]:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise TypeError(f"field '{field.name}' of {entry.__name__} needs a default")
     return cast("type[ExperimentConfig]", entry)
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Suggest the known word that is most like a mistyped one.
-
-    Args:
-        word: what was written.
-        known: what could have been meant.
-    Returns:
-        ``"; did you mean 'x'?"``, or an empty string if nothing is close.
-    """
-    close = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.utils.env_checker import check_env
-from modmoe_envs.registration import ENVS
+from modmoe_envs.registration import ENVS, SEQUENCES
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
-LEAP, REACH, PENDULUM, CARTPOLE = ENVS
+LEAP, REACH, PENDULUM, CARTPOLE, GOALS = ENVS
 MODES = ("visible", "hidden", "noisy")
 VARIANTS = [
     *((env_id, {"context": mode}) for env_id in ENVS for mode in MODES),
     *((LEAP, {"terrain": terrain}) for terrain in ("gap", "wall", "step")),
     (LEAP, {"hardened": False}),
     (REACH, {"num_contexts": 5, "task": 4}),
+    (GOALS, {"num_contexts": 5, "task": 4}),
     *((env_id, {"parameter": name}) for env_id in (PENDULUM, CARTPOLE) for name in ("mass", "length")),
     *((env_id, {"switch_every": 3, "context": mode}) for env_id in (PENDULUM, CARTPOLE) for mode in MODES),
 ]
@@ -74,7 +75,7 @@ def test_a_copy_goes_on_as_the_original(env_id, options):
 def test_hidden_and_noisy_change_only_the_context_entries(env_id):
     envs = {mode: gym.make(env_id, context=mode) for mode in MODES}
     seen = {mode: env.reset(seed=5) for mode, env in envs.items()}
-    tail = -3
+    tail = -context_size(env_id)
     visible, noisy, hidden = (seen[mode][0] for mode in ("visible", "noisy", "hidden"))
     np.testing.assert_array_equal(hidden[:tail], visible[:tail])
     np.testing.assert_array_equal(noisy[:tail], visible[:tail])
@@ -87,10 +88,16 @@ def test_hidden_and_noisy_change_only_the_context_entries(env_id):
 @every_env
 def test_noise_is_centred_and_of_the_given_size(env_id):
     env = gym.make(env_id, context="noisy", context_noise=0.1)
-    truth = gym.make(env_id).reset(seed=5)[0][-3:]
-    errors = np.array([env.reset(seed=5)[0][-3:] - truth] + [draw(env)[-3:] - truth for _ in range(400)])
-    assert abs(errors.mean()) < 4 * 0.1 / 1203**0.5
+    tail = -context_size(env_id)
+    truth = gym.make(env_id).reset(seed=5)[0][tail:]
+    errors = np.array([env.reset(seed=5)[0][tail:] - truth] + [draw(env)[tail:] - truth for _ in range(400)])
+    assert abs(errors.mean()) < 4 * 0.1 / errors.size**0.5
     assert 0.09 < errors.std() < 0.11
+
+
+def context_size(env_id: str) -> int:
+    """The last so many entries of an observation are the context."""
+    return 2 if env_id == GOALS else 3
 
 
 def draw(env: gym.Env) -> np.ndarray:
@@ -196,6 +203,8 @@ def make_class(env_id: str) -> type[gym.Env]:
         (CARTPOLE, {"values": ()}, "values must be one or more positive numbers"),
         (CARTPOLE, {"values": (1.0, 0.0)}, "values must be one or more positive numbers"),
         (PENDULUM, {"switch_every": 0}, "switch_every must be 1 or more steps"),
+        (GOALS, {"num_contexts": 0}, "num_contexts must be 1 or more, not 0"),
+        (GOALS, {"task": 3}, "task must be None or one of 0 to 2, not 3"),
         (CARTPOLE, {"task": -1}, "task must be None or one of 0 to 2, not -1"),
     ],
 )
@@ -211,7 +220,7 @@ def test_a_misspelt_reset_option_is_refused(env_id):
         env.reset(options={"tsak": 1})
 
 
-@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE])
+@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE, GOALS])
 def test_a_task_for_one_reset(env_id):
     env = gym.make(env_id, task=0)
     assert env.reset(seed=0, options={"task": 2})[1]["context"] == 2
@@ -220,14 +229,14 @@ def test_a_task_for_one_reset(env_id):
         env.reset(options={"task": 3})
 
 
-@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE])
+@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE, GOALS])
 def test_a_seed_gives_the_same_start_in_every_task(env_id):
     starts = [gym.make(env_id, task=task, context="hidden").reset(seed=3)[0] for task in range(3)]
     np.testing.assert_array_equal(starts[1], starts[0])
     np.testing.assert_array_equal(starts[2], starts[0])
 
 
-@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE])
+@pytest.mark.parametrize("env_id", [REACH, PENDULUM, CARTPOLE, GOALS])
 def test_contexts_are_drawn_evenly(env_id):
     env = gym.make(env_id)
     env.reset(seed=0)
@@ -235,12 +244,12 @@ def test_contexts_are_drawn_evenly(env_id):
     assert counts.min() > 200 - 4 * (600 * 2 / 9) ** 0.5  # 200 each, standard deviation 11.5
 
 
-@pytest.mark.parametrize(("env_id", "steps"), [(LEAP, 120), (REACH, 20), (PENDULUM, 200), (CARTPOLE, 500)])
+@pytest.mark.parametrize(("env_id", "steps"), [(LEAP, 120), (REACH, 20), (PENDULUM, 200), (CARTPOLE, 500), (GOALS, 20)])
 def test_time_limits(env_id, steps):
     assert gym.spec(env_id).max_episode_steps == steps
 
 
-@pytest.mark.parametrize(("env_id", "steps"), [(REACH, 20), (PENDULUM, 200)])
+@pytest.mark.parametrize(("env_id", "steps"), [(REACH, 20), (PENDULUM, 200), (GOALS, 20)])
 def test_truncated_by_time(env_id, steps):
     env = gym.make(env_id)
     env.reset(seed=0)
@@ -272,12 +281,12 @@ def test_the_entry_point_registers_every_environment():
         for point in importlib.metadata.entry_points(group="gymnasium.envs")
         if point.value.startswith("modmoe_envs")
     )
-    saved = {env_id: gym.registry.pop(env_id) for env_id in ENVS}
+    saved = {env_id: gym.registry.pop(env_id) for env_id in ENVS | SEQUENCES}
     try:
         with pytest.raises(gym.error.NamespaceNotFound):
             gym.spec(LEAP)
         point.load()()
-        assert set(ENVS) <= set(gym.registry)
+        assert set(ENVS | SEQUENCES) <= set(gym.registry)
     finally:
         gym.registry.update(saved)
 

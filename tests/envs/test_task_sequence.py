@@ -60,7 +60,7 @@ def test_a_task_is_the_plain_environment_under_the_same_seed():
         np.testing.assert_array_equal(env.reset()[0], plain.reset()[0])
 
 
-def run(env: TaskSequence, seed: int | None) -> list:
+def run(env: gym.Env, seed: int | None) -> list:
     seen = [env.reset(seed=seed)]
     for _ in range(50):
         seen.append(env.step(EAST))
@@ -103,6 +103,27 @@ def test_evaluate_by_hand():
     np.testing.assert_array_equal(env.evaluate(east, 2), env.evaluate(east, 2, held_out_seeds(2)))
 
 
+def test_episodes_at_once_equal_single_ones():
+    sizes = []
+
+    def towards_the_goal(observation: np.ndarray) -> np.ndarray:
+        sizes.append(observation.shape)
+        return np.clip(observation[..., 2:4] - observation[..., :2], -1, 1)
+
+    # CartPole's episodes end one by one: what is over waits for the rest
+    def lean(observation: np.ndarray) -> np.ndarray:
+        return (observation[..., 2] > 0).astype(np.int64)
+
+    single = sequence().episode_returns(towards_the_goal, 4)
+    np.testing.assert_array_equal(sequence().episode_returns(towards_the_goal, 4, at_once=True), single)
+    assert set(sizes) == {(7,), (4, 7)}
+    poles = TaskSequence([lambda: gym.make("CartPole-v1")])
+    single = poles.episode_returns(lean, 4)
+    assert len(np.unique(single)) > 1
+    np.testing.assert_array_equal(poles.episode_returns(lean, 4, at_once=True), single)
+    np.testing.assert_array_equal(poles.evaluate(lean, 4, at_once=True), single.mean(1))
+
+
 def test_evaluation_does_not_disturb_training():
     env, undisturbed = sequence(15), sequence(15)
     first = run(env, 3)
@@ -124,6 +145,33 @@ def test_renders_the_current_task():
     env.close()
 
 
+def test_it_is_made_by_name():
+    env = gym.make("modmoe/TaskSequence-v0", env_id=ID, num_tasks=2, context="hidden", render_mode="rgb_array")
+    inner = env.unwrapped
+    assert isinstance(inner, TaskSequence)
+    assert (inner.num_tasks, inner.steps_per_task, inner.render_mode) == (2, None, "rgb_array")
+    observation, _ = env.reset(seed=0)
+    np.testing.assert_array_equal(observation[4:], 0)
+    limited = gym.make("modmoe/TaskSequence-v0", env_id=ID, num_tasks=3, steps_per_task=15)
+    np.testing.assert_equal(run(limited, 3), run(sequence(15), 3))
+    pickle.loads(pickle.dumps(env.spec))
+    with pytest.raises(TypeError, match="num_tasks"):
+        gym.make("modmoe/TaskSequence-v0", env_id=ID)
+
+
+def test_transfer_metrics_by_hand():
+    matrix = [[3.0, 1.0, 0.0], [2.0, 5.0, 1.0], [1.0, 4.0, 6.0]]
+    found = sequence().transfer_metrics(matrix, [0.0, -1.0, -1.0])
+    assert found == pytest.approx(
+        {
+            "average_performance": 11 / 3,  # 1 + 4 + 6
+            "forgetting": 1.0,  # 3 - 1, 5 - 4 and 6 - 6
+            "backward_transfer": -1.5,  # over the first two tasks
+            "forward_transfer": 2.0,  # 1 + 1 and 1 + 1
+        }
+    )
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="one task at least"):
         TaskSequence([])
@@ -141,3 +189,7 @@ def test_bad_arguments():
         env.evaluate(east, 3, (1, 2))
     with pytest.raises(ValueError, match="episodes must be 1 or more"):
         env.evaluate(east, 0, ())
+    with pytest.raises(ValueError, match=r"matrix must be \(3, 3\), not \(2, 2\)"):
+        env.transfer_metrics(np.zeros((2, 2)), np.zeros(2))
+    with pytest.raises(ValueError, match=r"baseline must have shape \(3,\)"):
+        env.transfer_metrics(np.zeros((3, 3)), np.zeros(2))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from modmoe_envs import LeapTerrainVector, RotatedReachVector
+from modmoe_envs import LeapTerrainVector, PointGoalsVector, RotatedReachVector
 
-LEAP, REACH = "modmoe/LeapTerrain-v0", "modmoe/RotatedReach-v0"
-CLASSES = {LEAP: LeapTerrainVector, REACH: RotatedReachVector}
+LEAP, REACH, GOALS = "modmoe/LeapTerrain-v0", "modmoe/RotatedReach-v0", "modmoe/PointGoals-v0"
+CLASSES = {LEAP: LeapTerrainVector, REACH: RotatedReachVector, GOALS: PointGoalsVector}
 VARIANTS = [(LEAP, {}), (LEAP, {"context": "noisy"}), (LEAP, {"hardened": False, "terrain": "gap"})]
 VARIANTS += [(REACH, {}), (REACH, {"context": "noisy", "num_contexts": 5}), (REACH, {"task": 1})]
+VARIANTS += [(GOALS, {}), (GOALS, {"context": "noisy", "num_contexts": 5}), (GOALS, {"task": 1})]
 N = 5
 
 
