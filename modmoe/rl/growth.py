@@ -15,6 +15,7 @@ from modmoe.growth import freeze as freeze_pools
 from modmoe.growth import remove as remove_experts
 from modmoe.growth import unfreeze as unfreeze_pools
 from modmoe.pool import Task
+from modmoe.rl.mace_growth import GrowingPairs
 from modmoe.rl.network import MoENetwork
 from modmoe.rl.policy import MoEPolicy, mirror
 
@@ -108,6 +109,10 @@ def check_model(model: BaseAlgorithm) -> MoEPolicy:
         ValueError: if the policy has no pools, or the model is in the middle of a rollout.
     """
     policy = model.policy
+    if isinstance(model, GrowingPairs):
+        raise ValueError(
+            "a MACE has pairs of its own kind: use its add_pair, freeze_pairs, unfreeze_pairs, remove_pairs"
+        )
     if not isinstance(policy, MoEPolicy):
         raise ValueError(f"{type(policy).__name__} has no experts: make the model with a policy of modmoe.rl")
     if in_rollout(model):

@@ -11,28 +11,33 @@ from torch.optim import Optimizer
 
 from modmoe.checkpoint import load_checkpoint, save_checkpoint
 from modmoe.errors import CheckpointError
-from modmoe.rl.growth import check_model
+from modmoe.rl.growth import check_model, in_rollout
+from modmoe.rl.mace import MACE
+from modmoe.rl.mace_policy import MACEPolicy
+from modmoe.rl.policy import MoEPolicy
 
-COUNTERS = ("num_timesteps", "_n_updates", "_episode_num")
+COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "num_actor_updates")
 
 
 def save_safely(model: BaseAlgorithm, path: str | Path) -> None:
     """Write a model's policy, optimizers, entropy coefficient and counters as tensors and JSON (safetensors).
 
     Args:
-        model: an algorithm of SB3 with a mixture policy. Its replay buffer is not written, as in SB3's ``save``.
+        model: an algorithm of SB3 with a mixture policy, or a MACE (with its random generator). Its replay buffer is
+            not written, as in SB3's ``save``.
         path: the file.
     Raises:
         CheckpointError: if it cannot be written.
         ValueError: in the middle of a rollout, or on a policy without experts.
     """
-    policy = check_model(model)
+    policy = check_savable(model)
     extra = {
         "algorithm": type(model).__name__,
         "policy": type(policy).__name__,
         "counters": {name: getattr(model, name) for name in COUNTERS if hasattr(model, name)},
         "optimizers": {name: _as_json(optimizer.state_dict()) for name, optimizer in _optimizers(model)},
         "variables": {name: recursive_getattr(model, name) for name in _variables(model)},
+        "generator": model.rng.bit_generator.state if isinstance(model, MACE) else None,
     }
     save_checkpoint(path, policy, None, extra)
 
@@ -51,7 +56,7 @@ def load_safely(path: str | Path, model: BaseAlgorithm, rng: bool = False) -> No
             refused unread; and on a file that is damaged or of another algorithm or policy.
         ValueError: on a policy without experts.
     """
-    policy = check_model(model)
+    policy = check_savable(model)
     _refuse_pickles(Path(path))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     extra = load_checkpoint(path, policy, rng=rng)
@@ -67,7 +72,23 @@ def load_safely(path: str | Path, model: BaseAlgorithm, rng: bool = False) -> No
         recursive_getattr(model, name).data.copy_(value)
     for name, value in extra["counters"].items():
         setattr(model, name, value)
-    model.policy_kwargs = {**model.policy_kwargs, "num_experts": policy.options.num_experts}
+    if isinstance(model, MACE):
+        model.rng.bit_generator.state = extra["generator"]
+    else:
+        model.policy_kwargs = {**model.policy_kwargs, "num_experts": check_model(model).options.num_experts}
+
+
+def check_savable(model: BaseAlgorithm) -> MoEPolicy | MACEPolicy:
+    """The policy of a model that is not in the middle of a rollout.
+
+    Raises:
+        ValueError: in the middle of a rollout, or on a policy without experts.
+    """
+    if not isinstance(model, MACE):
+        return check_model(model)
+    if in_rollout(model):
+        raise ValueError("the model is in the middle of a rollout: save and load it outside learn()")
+    return model.policy
 
 
 def _optimizers(model: BaseAlgorithm) -> Iterator[tuple[str, Optimizer]]:
@@ -91,8 +112,10 @@ def _refuse_pickles(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04":
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors: eight bytes of length, which may look like anything, and then JSON
+        return
+    if start[:4] == b"PK\x03\x04":
         raise CheckpointError(
             f"{path} is a zip, as Stable-Baselines3's save() or torch.save() write: it may hold pickled code, which is "
             "never run here. From a source that you trust, load it with the algorithm's own load(), or only its "

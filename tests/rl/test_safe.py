@@ -3,14 +3,16 @@
 import io
 import os
 import pickle
+import struct
 import zipfile
 
+import gymnasium as gym
 import pytest
 import torch
 from stable_baselines3 import PPO
 
 from modmoe import CheckpointError
-from modmoe.rl import freeze, grow, load_safely, save_safely
+from modmoe.rl import MACE, freeze, grow, load_safely, save_safely
 
 EVERY = ["ppo", "ppo_discrete", "a2c", "sac", "td3", "dqn"]
 
@@ -35,6 +37,40 @@ def test_a_grown_model_goes_on_as_if_never_saved(make, tmp_path, name):
     first, second = model.policy.state_dict(), loaded.policy.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def make_mace(env=None, seed: int = 0) -> MACE:
+    settings = {"learning_starts": 10, "buffer_size": 300, "batch_size": 8, "train_freq": 2, "anneal_updates": 20}
+    kwargs = {"num_pairs": 2, "trunk": [8], "critic_hidden": 8, "actor_hidden": 4}
+    return MACE("MlpPolicy", env or gym.make("Pendulum-v1"), seed=seed, device="cpu", policy_kwargs=kwargs, **settings)
+
+
+def test_a_grown_mace_goes_on_as_if_never_saved(tmp_path):
+    model = make_mace().learn(40)
+    model.add_pair("copy")
+    model.freeze_pairs([0])
+    model.learn(40, reset_num_timesteps=False)
+    save_safely(model, tmp_path / "model.safetensors")
+    loaded = make_mace(model.get_env(), seed=9)
+    load_safely(tmp_path / "model.safetensors", loaded)
+    assert loaded.policy.net.pool.ids == (0, 1, 2)
+    assert loaded.policy.net.pool.frozen_ids == (0,)
+    assert (loaded.num_timesteps, loaded._n_updates) == (80, model._n_updates)
+    assert loaded.rng.random() == model.rng.random()
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    for one in (model, loaded):
+        one.set_random_seed(5)
+        one.learn(40)
+    first, second = model.policy.state_dict(), loaded.policy.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_mace_is_grown_by_its_own_methods():
+    for change in (grow, freeze):
+        with pytest.raises(ValueError, match="use its add_pair, freeze_pairs"):
+            change(make_mace())
 
 
 class Planted:
@@ -102,3 +138,12 @@ def test_a_plain_model_is_refused(envs, tmp_path):
     plain = PPO("MlpPolicy", envs(), device="cpu")
     with pytest.raises(ValueError, match="has no experts"):
         save_safely(plain, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("length", [0x280, 0x04034B50])
+def test_a_length_that_looks_like_a_pickle_or_a_zip_is_none(make, tmp_path, length):
+    # the file begins with the length of its header: 80 02 00 ..., or the letters PK 03 04
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{")
+    with pytest.raises(CheckpointError, match="not a complete modmoe checkpoint"):
+        load_safely(path, make("ppo"))
