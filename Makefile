@@ -20,7 +20,7 @@ check: $(stamp)  ## style, types, import rules
 	$(python) -m pytest -q tests/test_imports.py
 
 test: check
-	$(python) -m pytest
+	$(python) -m pytest -n auto --dist loadfile  # workers as there are cores; a file stays with one, with its fixtures
 
 bench: $(stamp)
 	$(python) benchmarks/kernels.py --json benchmarks/results/kernels.json

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # records live in a package that imports torch, which the com
 EXPERIMENTS: dict[str, "str | type"] = {
     "continual": "modmoe.experiments.continual:ContinualConfig",
     "mace": "modmoe.experiments.rl.mace:MaceConfig",
+    "multitask": "modmoe.experiments.multitask:MultitaskConfig",
     "rl_policies": "modmoe.experiments.rl.policies:PoliciesConfig",
     "rl_sequence": "modmoe.experiments.rl.sequence:SequenceConfig",
 }
