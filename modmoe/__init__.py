@@ -40,6 +40,7 @@ from modmoe.gating import (
     StickRouter,
     SwitchRouter,
     TopKRouter,
+    VMoERouter,
 )
 from modmoe.growable import GrowableBuffer, GrowableParameter, Init, RowSpec
 from modmoe.growth import count_parameters, freeze, grow, pools, remove, unfreeze
@@ -98,6 +99,7 @@ __all__ = [
     "SwiGLUExpert",
     "SwitchRouter",
     "TopKRouter",
+    "VMoERouter",
     "count_parameters",
     "freeze",
     "grow",

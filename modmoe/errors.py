@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class NonFiniteError(ValueError):
@@ -18,6 +19,20 @@ class MissingExtraError(ImportError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, read or used; the message names the file."""
+
+
+class DataNotFoundError(FileNotFoundError):
+    """A data set is not below the root; the message holds the command that fetches it.
+
+    Args:
+        name: of the data set, as scripts/fetch_data.py has it.
+        root: the folder where data are looked for.
+        missing: the file that is not there.
+    """
+
+    def __init__(self, name: str, root: str | Path, missing: Path):
+        where = "" if str(root) == "data" else f" --root {root}"
+        super().__init__(f"{missing} is missing. Fetch it with: python scripts/fetch_data.py {name}{where}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ _INSTALL = {
     "stable_baselines3": "pip install 'modmoe[rl]'",
     "gymnasium": "pip install 'modmoe[rl]'",
     "torchvision": "pip install 'modmoe[vision]'",
+    "timm": "pip install timm",
     "matplotlib": "pip install 'modmoe[report]'",
     "pandas": "pip install 'modmoe[report]'",
     "learn2learn": _LEARN2LEARN,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modmoe.errors import DataNotFoundError
 from modmoe.hosts import import_host
 
 ANIMALS_TEST_SHARE, ANIMALS_SEED = 0.2, 0
@@ -18,14 +19,6 @@ IMAGE_SETS = {
     "fashion_mnist": "FashionMNIST",
     "animals": "animals",
 }  # name: its folder below the root
-
-
-class DataNotFoundError(FileNotFoundError):
-    """A data set is not below the root; the message holds the command that fetches it."""
-
-    def __init__(self, name: str, root: str | Path, missing: Path):
-        where = "" if str(root) == "data" else f" --root {root}"
-        super().__init__(f"{missing} is missing. Fetch it with: python scripts/fetch_data.py {name}{where}")
 
 
 def load_images(name: str, root: str | Path = "data", train: bool = True) -> tuple[Tensor, Tensor]:

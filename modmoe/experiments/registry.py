@@ -12,10 +12,17 @@ if TYPE_CHECKING:  # records live in a package that imports torch, which the com
 
 EXPERIMENTS: dict[str, "str | type"] = {
     "continual": "modmoe.experiments.continual:ContinualConfig",
+    "language": "modmoe.experiments.language:LanguageConfig",
     "mace": "modmoe.experiments.rl.mace:MaceConfig",
+    "meta_families": "modmoe.experiments.meta:FamiliesConfig",
+    "meta_fewshot": "modmoe.experiments.meta:FewShotConfig",
+    "meta_gp": "modmoe.experiments.meta:GaussianProcessConfig",
+    "meta_growth": "modmoe.experiments.meta:GrowthConfig",
+    "meta_images": "modmoe.experiments.meta:ImageCompletionConfig",
     "multitask": "modmoe.experiments.multitask:MultitaskConfig",
     "rl_policies": "modmoe.experiments.rl.policies:PoliciesConfig",
     "rl_sequence": "modmoe.experiments.rl.sequence:SequenceConfig",
+    "vision": "modmoe.experiments.vision:VisionConfig",
 }
 """The YAML key ``experiment`` -> "module:Class" of its config dataclass, or the class itself."""
 

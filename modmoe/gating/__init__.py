@@ -21,6 +21,7 @@ from modmoe.gating.soft import SoftRouter
 from modmoe.gating.stick import StickRouter
 from modmoe.gating.switch import GShardRouter, SwitchRouter
 from modmoe.gating.token_choice import DenseRouter, TopKRouter
+from modmoe.gating.v_moe import VMoERouter
 
 __all__ = [
     "AttentionRouter",
@@ -51,4 +52,5 @@ __all__ = [
     "StickRouter",
     "SwitchRouter",
     "TopKRouter",
+    "VMoERouter",
 ]

@@ -25,7 +25,7 @@ def load_census(root: str | Path = "data", seed: int = 0) -> tuple[MultiTaskData
     Returns:
         Training data (199,523) and test data (99,762) with the tasks "income" and "never_married".
     Raises:
-        TableNotFoundError: if the file is missing.
+        DataNotFoundError: if the file is missing.
         ValueError: if it is damaged.
     Source:
         Lane and Kohavi 2000 (UCI); the tasks are the first group of Ma et al. 2018, who split the standard

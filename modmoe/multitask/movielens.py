@@ -25,7 +25,7 @@ def load_movielens(root: str | Path = "data", seed: int = 0) -> tuple[MultiTaskD
     Returns:
         Training and test data with the tasks "like" and "love".
     Raises:
-        TableNotFoundError: if the file is missing.
+        DataNotFoundError: if the file is missing.
         ValueError: if it is damaged.
     Source:
         GroupLens, the small MovieLens set of 100,004 ratings (Harper and Konstan 2015).

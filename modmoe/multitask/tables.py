@@ -5,25 +5,19 @@ from pathlib import Path
 
 import numpy as np
 
-
-class TableNotFoundError(FileNotFoundError):
-    """A table is not below the root; the message holds the command that fetches it."""
-
-    def __init__(self, name: str, root: str | Path, missing: Path):
-        where = "" if str(root) == "data" else f" --root {root}"
-        super().__init__(f"{missing} is missing. Fetch it with: python scripts/fetch_data.py {name}{where}")
+from modmoe.errors import DataNotFoundError
 
 
 def read_table(name: str, root: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of ``<root>/<name>/<name>.npz``, which scripts/fetch_data.py wrote.
 
     Raises:
-        TableNotFoundError: if the file is missing.
+        DataNotFoundError: if the file is missing.
         ValueError: if it is damaged or lacks an array.
     """
     path = Path(root) / name / f"{name}.npz"
     if not path.exists():
-        raise TableNotFoundError(name, root, path)
+        raise DataNotFoundError(name, root, path)
     try:
         with np.load(path) as archive:
             return {key: archive[key] for key in keys}

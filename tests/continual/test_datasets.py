@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from modmoe.continual.datasets import (
-    DataNotFoundError,
     load_digits,
     load_images,
     load_mnist5k,
     read_idx,
     stratified_split,
 )
+from modmoe.errors import DataNotFoundError
 
 
 def idx(array):

@@ -13,7 +13,7 @@ from avalanche.training.plugins import EvaluationPlugin, LwFPlugin
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from modmoe.continual.datasets import DataNotFoundError, load_images
+from modmoe.continual.datasets import load_images
 from modmoe.continual.streams import (
     STREAMS,
     StreamSettings,
@@ -29,6 +29,7 @@ from modmoe.continual.streams import (
     to_benchmark,
     to_online,
 )
+from modmoe.errors import DataNotFoundError
 
 
 def test_sizes_and_classes():

@@ -37,6 +37,7 @@ from modmoe import (
     SoftRouter,
     SwitchRouter,
     TopKRouter,
+    VMoERouter,
 )
 from modmoe.gating.autoencoder import AutoencoderRouter
 from modmoe.gating.learned import LearnedRouter
@@ -72,6 +73,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "lory": lambda: LoryRouter(D, segment_length=2),
     "noisy top-1": lambda: NoisyTopKRouter(D, 1),
     "noisy top-2": lambda: NoisyTopKRouter(D, 2),
+    "v-moe": lambda: VMoERouter(D, 2),
     "switch": lambda: SwitchRouter(D),
     "gshard": lambda: GShardRouter(D),
     "deepseek-v2": lambda: DeepSeekV2Router(D, 2, num_groups=2),
@@ -82,7 +84,7 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "relu": lambda: ReLURouter(D, 2),
 }
 
-DRAWS = (NoisyTopKRouter, SwitchRouter, GShardRouter)  # at random, in training
+DRAWS = (NoisyTopKRouter, VMoERouter, SwitchRouter, GShardRouter)  # at random, in training
 
 pytestmark = pytest.mark.parametrize("make", ROUTERS.values(), ids=ROUTERS.keys())
 

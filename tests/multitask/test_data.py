@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from modmoe.errors import DataNotFoundError
 from modmoe.multitask import MultiTaskData, synthetic_tasks
 from modmoe.multitask.census import load_census
 from modmoe.multitask.movielens import load_movielens
-from modmoe.multitask.tables import TableNotFoundError
 
 
 def linear_part(data, name):
@@ -108,7 +108,7 @@ def test_movielens(tmp_path):
 
 
 def test_missing_and_damaged_tables(tmp_path):
-    with pytest.raises(TableNotFoundError, match=r"fetch_data\.py census --root "):
+    with pytest.raises(DataNotFoundError, match=r"fetch_data\.py census --root "):
         load_census(tmp_path)
     (tmp_path / "movielens").mkdir()
     (tmp_path / "movielens/movielens.npz").write_bytes(b"PK no zip")

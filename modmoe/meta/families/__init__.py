@@ -2,7 +2,7 @@
 
 from modmoe.meta.families.fewshot import Episode, FewShotImages, nearest_prototype, split_classes
 from modmoe.meta.families.gaussian_processes import GaussianProcessFamily, GaussianProcessTasks
-from modmoe.meta.families.image_sets import ImageSet, ImagesNotFoundError, load_image_set
+from modmoe.meta.families.image_sets import ImageSet, load_image_set
 from modmoe.meta.families.images import ImageCompletion
 from modmoe.meta.families.learn2learn_tasks import (
     FunctionTaskset,
@@ -24,7 +24,6 @@ __all__ = [
     "GaussianProcessTasks",
     "ImageCompletion",
     "ImageSet",
-    "ImagesNotFoundError",
     "LabelledImages",
     "benchmark_tasksets",
     "few_shot_taskset",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modmoe.errors import DataNotFoundError
 from modmoe.hosts import import_host
 
 DESCRIPTIONS = {
@@ -17,14 +18,6 @@ DESCRIPTIONS = {
     "emoji": "emoji as Google and Twitter draw them, in grey; classes: the emoji, pictures: the two styles",
     "emoji_kinds": "emoji as Google draws them, in grey; classes: Unicode's subcategories, pictures: their emoji",
 }
-
-
-class ImagesNotFoundError(FileNotFoundError):
-    """A set of pictures is not below the root; the message holds the command that fetches it."""
-
-    def __init__(self, name: str, root: str | Path, missing: Path):
-        where = "" if str(root) == "data" else f" --root {root}"
-        super().__init__(f"{missing} is missing. Fetch it with: python scripts/fetch_data.py {name}{where}")
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ def load_image_set(name: str, root: str | Path = "data") -> ImageSet:
         root: the folder that holds glyphs/glyphs.npz and emoji/emoji.npz.
     Raises:
         ValueError: if the name is unknown or the file damaged.
-        ImagesNotFoundError: if the file is missing.
+        DataNotFoundError: if the file is missing.
         MissingExtraError: if scikit-learn is, which brings the digits.
     """
     if name not in DESCRIPTIONS:
@@ -64,7 +57,7 @@ def load_image_set(name: str, root: str | Path = "data") -> ImageSet:
     file = "emoji" if name.startswith("emoji") else "glyphs"
     path = Path(root) / file / f"{file}.npz"
     if not path.is_file():
-        raise ImagesNotFoundError(file, root, path)
+        raise DataNotFoundError(file, root, path)
     try:
         with np.load(path) as archive:
             keys = ("images", "labels", "names", "categories", "styles")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from modmoe.meta.families import ImagesNotFoundError, load_image_set
+from modmoe.errors import DataNotFoundError
+from modmoe.meta.families import load_image_set
 
 
 def write(root, name, **changes):
@@ -53,7 +54,7 @@ def test_classes_of_a_set(tmp_path, name, file, labels, names, greys):
 
 def test_missing_sets_name_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ImagesNotFoundError, match=r"glyphs.npz is missing. .*python scripts/fetch_data\.py glyphs$"):
+    with pytest.raises(DataNotFoundError, match=r"glyphs.npz is missing. .*python scripts/fetch_data\.py glyphs$"):
         load_image_set("letters")
     with pytest.raises(FileNotFoundError, match=r"fetch_data\.py emoji --root elsewhere$"):
         load_image_set("emoji_kinds", "elsewhere")
