@@ -101,7 +101,7 @@ def example_routers(in_features: int = FEATURES, num_classes: int = 8) -> dict[s
     variants: dict[str, list[dict[str, Any]]] = {
         "top_k": [{}, {"top_k": 1}, {"top_k": 1, "renormalize": True}],
         "noisy_top_k": [{}, {"top_k": 1}],
-        "v_moe": [{}, {"top_k": 1}],
+        "v_moe": [{"eval_capacity_factor": 1.0}, {"top_k": 1, "eval_capacity_factor": 1.0}],
         "deepseek_v2": [{"top_k": 2, "num_groups": 2}],
         "deepseek_v3": [{"top_k": 2}, {"top_k": 2, "num_groups": 2, "routed_scaling": 2.5}],
         "grouped_random": [{"num_groups": 2, "vocab_size": 1000}],
