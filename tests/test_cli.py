@@ -11,7 +11,7 @@ import pytest
 import modmoe
 from modmoe import cli
 from modmoe.analysis.records import MethodRecord
-from modmoe.errors import MissingExtraError
+from modmoe.errors import DataNotFoundError, MissingExtraError
 from modmoe.experiments import EXPERIMENTS
 
 
@@ -57,6 +57,8 @@ class Toy:
             raise KeyboardInterrupt
         if self.fail == "extra":
             raise MissingExtraError("'avalanche' is needed; pip install 'modmoe[continual]'")
+        if self.fail == "data":
+            raise DataNotFoundError("brown", "data", Path("data/brown/brown.json"))
         if self.fail == "bug":
             raise ValueError("a bug")
         return {method: MethodRecord({"score": float(seed)}) for method in self.methods}
@@ -210,6 +212,8 @@ def test_a_missing_or_unreadable_file(config, tmp_path, capsys):
 def test_failures_of_a_run(config, capsys):
     assert cli.main(["run", str(config), "--fail", "extra"]) == 1
     assert capsys.readouterr().err.endswith("modmoe: error: 'avalanche' is needed; pip install 'modmoe[continual]'\n")
+    assert cli.main(["run", str(config), "--fail", "data"]) == 1
+    assert capsys.readouterr().err.endswith("is missing. Fetch it with: python scripts/fetch_data.py brown\n")
     assert cli.main(["run", str(config), "--fail", "interrupt"]) == 130
     assert capsys.readouterr().err.endswith("modmoe: interrupted\n")
     with pytest.raises(ValueError, match="a bug"):  # a bug keeps its traceback

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | P
     Written to ``out``, replacing what an earlier run left there: ``metrics.json`` (``{"config": {...},
     "methods": {NAME: {METRIC: {"mean": x, "seeds": [..]}}}}``, null for a non-finite number), ``report.html``
     and ``tensorboard/seed<k>/<method>/``. Other files in ``out`` stay. A bar on stderr shows the progress.
+    Under torchrun every process runs, and the first alone writes and prints.
 
     Args:
         config: the settings; its ``run`` does the work for one seed.
@@ -35,11 +37,6 @@ def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | P
         NotADirectoryError: if out, or a folder above it, is a file.
         MissingExtraError: if matplotlib, which draws the heat maps for TensorBoard, is not installed.
     """
-    # Imported here, with torch behind it, so that the command line's help does not wait for it.
-    from modmoe.analysis.records import mean_matrices, summarise
-    from modmoe.analysis.report import write_report
-    from modmoe.analysis.tensorboard import write_events
-
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
     import_host("matplotlib")  # before the work, not after hours of it
@@ -47,12 +44,28 @@ def run_experiment(config: ExperimentConfig, name: str, seeds: int, out: str | P
     if first_seed:
         settings["first_seed"] = first_seed
     settings |= {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    out = Path(out)
+    if _is_first_process():
+        return _run(config, settings, seeds, Path(out), first_seed)
+    with tempfile.TemporaryDirectory() as nowhere, open(os.devnull, "w") as nobody, redirect_stdout(nobody):
+        return _run(config, settings, seeds, Path(nowhere), first_seed)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun's variable
+
+
+def _run(config: ExperimentConfig, settings: dict, seeds: int, out: Path, first_seed: int) -> dict:
+    # Imported here, with torch behind it, so that the command line's help does not wait for it.
+    from modmoe.analysis.records import mean_matrices, summarise
+    from modmoe.analysis.report import write_report
+    from modmoe.analysis.tensorboard import write_events
+
+    name = settings["experiment"]
     events = out / "tensorboard"
     _prepare(out, events)
 
     per_seed, summary = [], {}
-    with tqdm(total=seeds, unit="seed", dynamic_ncols=True) as bar:
+    with tqdm(total=seeds, unit="seed", dynamic_ncols=True, disable=not _is_first_process()) as bar:
         for seed in range(first_seed, first_seed + seeds):
             bar.set_description(f"seed {seed}")
             records = config.run(seed, lambda text, seed=seed: bar.set_description(f"seed {seed}: {text}"))

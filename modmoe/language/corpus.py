@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modmoe.errors import DataNotFoundError
 from modmoe.language.tokenizer import ByteTokenizer
 
 BROWN_FILE = "brown/brown.json"
@@ -52,18 +53,18 @@ def load_brown(root: str | Path) -> dict[str, Genre]:
     is for validation.
 
     Args:
-        root: the folder that scripts/fetch_brown.py has filled.
+        root: the folder that scripts/fetch_data.py has filled.
     Returns:
         genre -> documents, in the corpus's order.
     Raises:
-        FileNotFoundError: if it is not there.
+        DataNotFoundError: if it is not there.
         ValueError: if the file is not what the script wrote.
     Source:
         Francis and Kucera 1964; redistribution permitted.
     """
     path = Path(root) / BROWN_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: get it with `python scripts/fetch_brown.py --root {root}`")
+        raise DataNotFoundError("brown", root, path)
     try:
         documents = [(entry["genre"], entry["text"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

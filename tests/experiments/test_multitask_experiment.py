@@ -11,7 +11,8 @@ import yaml
 from modmoe import count_parameters
 from modmoe.cli import main
 from modmoe.experiments.multitask import MultitaskConfig
-from modmoe.experiments.multitask.methods import build, nearest_size
+from modmoe.experiments.multitask.methods import build
+from modmoe.experiments.sizes import nearest_size
 from modmoe.multitask import MultiTaskData
 
 METHODS = ["mmoe", "ple", "one_gate", "shared_bottom", "single_task"]

@@ -111,6 +111,14 @@ def test_an_experiment_is_found_by_name(monkeypatch):
         load_config_class("toi")
 
 
+def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    results = run_experiment(Toy(), "toy", seeds=1, out=tmp_path / "out")
+    assert results["methods"]
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_config_that_breaks_the_contract_is_refused(monkeypatch):
     @dataclass
     class NoDefault:

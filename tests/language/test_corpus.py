@@ -46,7 +46,7 @@ def test_documents_are_held_out_by_their_number():
 
 
 def test_brown_is_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"fetch_brown\.py --root"):
+    with pytest.raises(FileNotFoundError, match=r"fetch_data\.py brown --root"):
         load_brown(tmp_path)
     path = tmp_path / "brown" / "brown.json"
     path.parent.mkdir()

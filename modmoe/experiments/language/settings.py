@@ -16,7 +16,7 @@ class LanguageSettings:
     Args:
         study: presets trained on the whole corpus, each on equally many tokens; or genres learned one after the other.
         methods: what runs; for genres ``pool`` first, with whose numbers ``naive`` and ``joint`` are as large.
-        corpus: brown, which scripts/fetch_brown.py gets; or zen, some 4 kB in five writings, to try things out.
+        corpus: brown, which `scripts/fetch_data.py brown` gets; or zen, some 4 kB in five writings, to try things out.
         root: folder of the corpus.
         genres: which, in the order of learning; empty for all of the corpus.
         validation_tokens: of each genre's held-out documents, at most so many bytes; null for all.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from modmoe.experiments.multitask.methods import nearest_size
+from modmoe.experiments.sizes import nearest_size
 from modmoe.meta import TaskBatch
 from modmoe.meta.evidence import BayesianExpertClassifier
 from modmoe.meta.families import Episode, nearest_prototype

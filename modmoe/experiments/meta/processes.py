@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modmoe.experiments.multitask.methods import nearest_size
+from modmoe.experiments.sizes import nearest_size
 from modmoe.growth import count_parameters
 from modmoe.meta import Predictive, TaskBatch
 from modmoe.meta.processes import CNP, NP, AttentiveNP, MoENeuralProcess, NeuralProcess

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from modmoe.experiments.multitask.settings import Method, MultitaskSettings
+from modmoe.experiments.sizes import nearest_size
 from modmoe.growth import count_parameters
 from modmoe.multitask import PLE, FeatureFront, LayerExpert, MMoE, MultiTaskData, OneGateMoE, SharedBottom, SingleTask
 from modmoe.multitask.model import Tasks
@@ -62,18 +63,3 @@ def maker(method: Method, settings: MultitaskSettings, data: MultiTaskData) -> C
         "single_task": lambda size: SingleTask(lambda task: bottom(size, task), tasks),
     }
     return makers[method]
-
-
-def nearest_size(make: Callable[[int], nn.Module], target: int) -> int:
-    """The size at which a model's number of parameters, which grows with it, comes nearest to the target."""
-
-    def count(size: int) -> int:
-        return count_parameters(make(size)).total
-
-    low, high = 1, 2
-    while count(high) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < target else (low, middle)
-    return min((low, high), key=lambda size: abs(count(size) - target))
