@@ -5,12 +5,11 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from modmoe.experts import Expert
-from modmoe.experts.base import ACTIVATIONS, ExpertOps, check_activation
+from modmoe.experts.deep_mlp import DeepMLPExpert
 from modmoe.growable import Init, RowSpec
 
 
-class RegressionNetwork(Expert):
+class RegressionNetwork(DeepMLPExpert):
     """A multilayer perceptron for functions of few inputs.
 
     The first layer's weights and biases are drawn with a standard deviation of ``spread``, so that the kinks of a ReLU
@@ -34,26 +33,10 @@ class RegressionNetwork(Expert):
         activation: str = "relu",
         spread: float = 1.15,
     ):
-        self.in_features = in_features
-        self.hidden_features = tuple(hidden_features)
-        self.out_features = out_features
-        self.activation = activation
+        super().__init__(in_features, hidden_features, out_features, activation)
         self.spread = spread
-        if not self.hidden_features or min(in_features, out_features, *self.hidden_features) < 1:
-            raise ValueError(f"at least one hidden layer, and sizes of at least 1, are needed: {self}")
         if spread <= 0:
             raise ValueError(f"the spread of the first layer must be above 0, got {spread}")
-        check_activation(activation)
-
-    def __repr__(self) -> str:
-        return f"RegressionNetwork({self.in_features}, {list(self.hidden_features)}, {self.out_features})"
-
-    @property
-    def output_rows(self) -> tuple[str, ...]:
-        return ("w_out", "b_out")
-
-    def sizes(self) -> dict[str, int]:
-        return {}
 
     def row_specs(self) -> dict[str, RowSpec]:
         widths = (self.in_features, *self.hidden_features)
@@ -65,12 +48,6 @@ class RegressionNetwork(Expert):
         specs["w_out"] = RowSpec((widths[-1], self.out_features), Init("normal", std=widths[-1] ** -0.5))
         specs["b_out"] = RowSpec((self.out_features,), Init("normal", std=0.05))
         return specs
-
-    def compute(self, x: Tensor, ops: ExpertOps) -> Tensor:
-        activate = ACTIVATIONS[self.activation]
-        for layer in range(len(self.hidden_features)):
-            x = activate(ops.linear(x, f"w_{layer}", f"b_{layer}"))
-        return ops.linear(x, "w_out", "b_out")
 
 
 class TaskOps:
